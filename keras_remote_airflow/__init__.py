@@ -1,0 +1,53 @@
+"""Upload training data to Cloud Storage once, under the hash of its content.
+
+Names are resolved on first use (PEP 562), so importing the package loads neither Airflow nor
+google.cloud: a DAG file pays for what it uses, and a training container needs no Airflow.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from keras_remote_airflow.core.cache import upload_data
+    from keras_remote_airflow.core.data import Data
+    from keras_remote_airflow.core.materialize import materialize
+    from keras_remote_airflow.core.project import get_default_project
+    from keras_remote_airflow.core.refs import is_data_ref, make_data_ref
+    from keras_remote_airflow.operators import DataUploadOperator
+    from keras_remote_airflow.sensors import CacheSensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheSensor",
+    "Data",
+    "DataUploadOperator",
+    "get_default_project",
+    "is_data_ref",
+    "make_data_ref",
+    "materialize",
+    "upload_data",
+]
+
+_HOME = {
+    "CacheSensor": "sensors",
+    "Data": "core.data",
+    "DataUploadOperator": "operators",
+    "get_default_project": "core.project",
+    "is_data_ref": "core.refs",
+    "make_data_ref": "core.refs",
+    "materialize": "core.materialize",
+    "upload_data": "core.cache",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Data, hashes and Cloud Storage; nothing in this package knows Airflow."""

@@ -1,0 +1,51 @@
+"""What can go wrong, one class for each thing a caller would do differently.
+
+`InvalidInputError`, `ConflictError` and `MarkerError` stay true however often one retries; the
+Airflow layer fails the task at once for them (`PERMANENT_ERRORS`) and leaves the others to the
+task's own retries.
+"""
+
+
+class KerasRemoteError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InvalidInputError(KerasRemoteError, ValueError):
+    """A path, name, bucket, namespace, hash or ref that cannot be used; nothing was written."""
+
+
+class DataNotFoundError(InvalidInputError, FileNotFoundError):
+    """The local path does not exist."""
+
+
+class DataChangedError(KerasRemoteError):
+    """Local data changed between being hashed and being uploaded; nothing was published."""
+
+
+class ConflictError(KerasRemoteError):
+    """An object that must not be overwritten holds other bytes than ours."""
+
+
+class MarkerError(KerasRemoteError):
+    """A marker that this version cannot read; it is never guessed at."""
+
+
+class IntegrityError(KerasRemoteError):
+    """Downloaded data is not what its reference names; nothing was left at the destination."""
+
+
+class StoreError(KerasRemoteError):
+    """Cloud Storage refused a request, or kept failing until the deadline.
+
+    Attributes:
+        status: the HTTP status, or None where no answer came at all.
+        transient: whether the same request may well succeed later.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None, transient: bool = False) -> None:
+        super().__init__(message)
+        self.status = status
+        self.transient = transient
+
+
+PERMANENT_ERRORS = (InvalidInputError, ConflictError, MarkerError)

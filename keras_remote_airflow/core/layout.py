@@ -1,0 +1,227 @@
+"""Every object name of the cache, and the format of its marker.
+
+One dataset with content hash `H` in namespace `ns` occupies:
+
+    {ns}/data-cache/{H}/{relative path}     its files; a single file under its basename
+    {ns}/data-cache/{H}/.cache_marker       the marker, layout "keras_remote"
+    {ns}/data-markers/{H}                   the marker, layout "kinetic"
+
+The marker is written last: its presence says that every byte is there. Its body is empty (as
+other clients write it) or one JSON object, a receipt of at most `MAX_MARKER_BYTES`:
+
+    {"format_version": 1, "content_hash": "<64 hex digits>", "is_dir": true, "files": 3,
+     "bytes": 1024, "created_at": "2026-01-31T12:00:00Z", "created_by": "keras_remote_airflow/0.1.0"}
+
+A reader ignores keys it does not know and refuses a `format_version` above `FORMAT_VERSION`.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+from keras_remote_airflow import __version__
+from keras_remote_airflow.core.errors import InvalidInputError, MarkerError
+
+FORMAT_VERSION = 1
+MAX_MARKER_BYTES = 64 * 1024
+
+# https://cloud.google.com/storage/docs/objects#naming: "1-1024 bytes when UTF-8 encoded".
+MAX_OBJECT_NAME_BYTES = 1024
+
+# The one name that no dataset may hold at its top: the layouts share the data prefix, so a
+# reader of either could not tell a file of that name from a marker.
+RESERVED_NAME = ".cache_marker"
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+_CACHE_NAME = re.compile(r"(?P<namespace>.+)/data-cache/(?P<content_hash>[0-9a-f]{64})/?")
+# https://cloud.google.com/storage/docs/buckets#naming
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a generation of clients keeps its marker.
+
+    Attributes:
+        name: the value of the `layout` parameter everywhere.
+        marker: the marker's object name, with `{namespace}` and `{content_hash}` to fill in.
+    """
+
+    name: str
+    marker: str
+
+
+KERAS_REMOTE = Layout("keras_remote", "{namespace}/data-cache/{content_hash}/" + RESERVED_NAME)
+KINETIC = Layout("kinetic", "{namespace}/data-markers/{content_hash}")
+_LAYOUTS = {layout.name: layout for layout in (KERAS_REMOTE, KINETIC)}
+
+
+def get_layout(name: str) -> Layout:
+    """Return the layout called `name`; raise InvalidInputError for an unknown one."""
+    try:
+        return _LAYOUTS[name]
+    except KeyError:
+        raise InvalidInputError(
+            f"unknown layout {name!r}: expected one of {sorted(_LAYOUTS)}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """One dataset's place: bucket, namespace, content hash and layout, all valid.
+
+    Raises InvalidInputError when any of them is not.
+    """
+
+    bucket: str
+    namespace: str
+    content_hash: str
+    layout: Layout = KERAS_REMOTE
+
+    def __post_init__(self) -> None:
+        check_bucket(self.bucket)
+        check_namespace(self.namespace)
+        check_content_hash(self.content_hash)
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of the data objects, with a trailing slash."""
+        return f"{self.namespace}/data-cache/{self.content_hash}/"
+
+    @property
+    def gcs_uri(self) -> str:
+        """`gs://` URI of the dataset, without a trailing slash, for files and directories alike."""
+        return f"gs://{self.bucket}/{self.prefix}".rstrip("/")
+
+    @property
+    def marker_name(self) -> str:
+        return self.layout.marker.format(
+            namespace=self.namespace, content_hash=self.content_hash
+        )
+
+    def object_name(self, relative_path: str) -> str:
+        return self.prefix + relative_path
+
+    def relative_path(self, object_name: str) -> str | None:
+        """Return the path of a data object below the prefix; None for a marker.
+
+        Either layout's marker: both may have published the same data under one prefix.
+        """
+        relative = object_name.removeprefix(self.prefix)
+        return None if relative == RESERVED_NAME else relative
+
+
+def cache_key_from_uri(gcs_uri: str, layout: Layout = KERAS_REMOTE) -> CacheKey | None:
+    """Return the cache key that `gcs_uri` spells, or None for any other `gs://` URI."""
+    bucket, name = split_gcs_uri(gcs_uri)
+    match = _CACHE_NAME.fullmatch(name)
+    return CacheKey(bucket, match["namespace"], match["content_hash"], layout) if match else None
+
+
+def split_gcs_uri(gcs_uri: str) -> tuple[str, str]:
+    """Split `gs://bucket/name` into bucket and name (which may be empty).
+
+    Raises InvalidInputError for anything else.
+    """
+    bucket, _, name = gcs_uri.removeprefix("gs://").partition("/")
+    if not gcs_uri.startswith("gs://"):
+        raise InvalidInputError(f"not a Cloud Storage URI: {gcs_uri!r}; expected gs://bucket/name")
+    return check_bucket(bucket), name
+
+
+def check_bucket(bucket: str) -> str:
+    """Return `bucket` if Cloud Storage could hold a bucket of that name, else raise."""
+    if not isinstance(bucket, str) or not _BUCKET.fullmatch(bucket) or ".." in bucket:
+        raise InvalidInputError(
+            f"invalid bucket name {bucket!r}: expected the bare name, 3 or more lower-case "
+            "letters, digits, '-', '_' or '.', without gs:// and without a path"
+        )
+    return bucket
+
+
+def check_namespace(namespace: str) -> str:
+    """Return `namespace` if it can lead an object name, else raise InvalidInputError."""
+    valid = isinstance(namespace, str) and all(
+        part not in ("", ".", "..") and part.isprintable() for part in namespace.split("/")
+    )
+    if not valid:
+        raise InvalidInputError(
+            f"invalid namespace_prefix {namespace!r}: expected one or more names joined by single "
+            "slashes, such as 'default' or 'team/project', with no slash at either end"
+        )
+    return namespace
+
+
+def check_content_hash(content_hash: str) -> str:
+    """Return `content_hash` if it is one, else raise InvalidInputError."""
+    if not isinstance(content_hash, str) or not _HASH.fullmatch(content_hash):
+        raise InvalidInputError(
+            f"invalid content hash {content_hash!r}: expected 64 lower-case hex digits, as "
+            "Data(path).content_hash() returns them"
+        )
+    return content_hash
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a marker says of its dataset.
+
+    Attributes:
+        content_hash: 64 hex digits.
+        is_dir: whether the dataset is a directory or a single file.
+        files: number of data objects.
+        bytes: their total size.
+        created_at: when the marker was written, RFC 3339 in UTC.
+        created_by: package and version that wrote it.
+    """
+
+    content_hash: str
+    is_dir: bool
+    files: int
+    bytes: int
+    created_at: str
+    created_by: str = f"keras_remote_airflow/{__version__}"
+
+    @classmethod
+    def now(cls, content_hash: str, *, is_dir: bool, files: int, total_bytes: int) -> "Receipt":
+        created_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return cls(content_hash, is_dir, files, total_bytes, created_at)
+
+    def to_json(self) -> bytes:
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}).encode()
+
+
+def parse_marker(body: bytes, key: CacheKey) -> Receipt | None:
+    """Return the receipt in a marker's body, or None for an empty body.
+
+    Raises MarkerError for a body that is not a receipt for `key`, or one of a newer format.
+    """
+    if not body:
+        return None
+    where = f"gs://{key.bucket}/{key.marker_name}"
+    remedy = "Use a newer keras_remote_airflow, or delete that object to have the data uploaded anew."
+    try:
+        fields = json.loads(body)
+        version = int(fields["format_version"])
+    except (ValueError, TypeError, KeyError) as exc:
+        raise MarkerError(
+            f"marker {where} is unreadable: expected a JSON receipt, found {body[:80]!r}. {remedy}"
+        ) from exc
+    if not 1 <= version <= FORMAT_VERSION:
+        raise MarkerError(
+            f"marker {where} has format_version {version}; this version reads up to "
+            f"{FORMAT_VERSION}. {remedy}"
+        )
+    types = {"content_hash": str, "is_dir": bool, "files": int, "bytes": int}
+    wrong = [name for name, kind in types.items() if type(fields.get(name)) is not kind]
+    if wrong or fields["content_hash"] != key.content_hash:
+        raise MarkerError(
+            f"marker {where} is not a receipt for its own content hash (look at "
+            f"{', '.join(wrong) or 'content_hash'}): found {body[:300]!r}. {remedy}"
+        )
+    return Receipt(
+        **{name: fields[name] for name in types},
+        created_at=str(fields.get("created_at", "")),
+        created_by=str(fields.get("created_by", "")),
+    )

@@ -1,0 +1,122 @@
+"""Serializable references to data on Cloud Storage.
+
+A ref is a plain dict, so that it survives XCom, JSON and templates on every Airflow version:
+
+    {"__data_ref__": True, "gcs_uri": "gs://…", "is_dir": bool, "mount_path": str | None}
+
+Refs of layout "kinetic" also carry what keras-kinetic's runner reads (its 0.0.4):
+
+    {"uri": <the same URI>, "fuse": False, "hf_trust_remote_code": False}
+
+and refs that have only `uri`, as kinetic itself makes them, are understood.
+"""
+
+import ast
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from keras_remote_airflow.core.errors import InvalidInputError
+from keras_remote_airflow.core.layout import (
+    KERAS_REMOTE,
+    KINETIC,
+    CacheKey,
+    Layout,
+    cache_key_from_uri,
+    split_gcs_uri,
+)
+
+_FLAG = "__data_ref__"
+# A ref's two free strings are an object name (1,024 bytes) and a path (4,096 on Linux); the bound
+# keeps the parsers away from hostile text.
+_MAX_TEXT = 64 * 1024
+
+
+def make_data_ref(gcs_uri: str, is_dir: bool, mount_path: str | None = None) -> dict[str, Any]:
+    """Return the serializable reference to the data at `gcs_uri`.
+
+    Args:
+        gcs_uri: where the data is: what `upload_data` returned, or any `gs://` object or prefix.
+        is_dir: whether it is a directory (a prefix) rather than a single file.
+        mount_path: where a training job should see the data; None leaves that to the job.
+    """
+    return {_FLAG: True, "gcs_uri": gcs_uri, "is_dir": is_dir, "mount_path": mount_path}
+
+
+def is_data_ref(obj: object) -> bool:
+    """Return whether `obj` is a reference dict made by this package or by keras-kinetic."""
+    return isinstance(obj, dict) and obj.get(_FLAG) is True
+
+
+@dataclass(frozen=True)
+class DataRef:
+    """A reference, parsed and checked.
+
+    Attributes:
+        gcs_uri: `gs://` URI of the data, as the dict held it.
+        is_dir: whether it is a directory.
+        mount_path: where a training job should see it, or None.
+        layout: the generation of the dict it came from, and of the dict it becomes.
+    """
+
+    gcs_uri: str
+    is_dir: bool
+    mount_path: str | None = None
+    layout: Layout = KERAS_REMOTE
+
+    @property
+    def cache_key(self) -> CacheKey | None:
+        """The cache entry it names, or None for data outside a cache."""
+        return cache_key_from_uri(self.gcs_uri, self.layout)
+
+    def to_dict(self) -> dict[str, Any]:
+        ref = make_data_ref(self.gcs_uri, self.is_dir, self.mount_path)
+        if self.layout is KINETIC:
+            ref |= {"uri": self.gcs_uri, "fuse": False, "hf_trust_remote_code": False}
+        return ref
+
+
+def parse_data_ref(value: object) -> DataRef:
+    """Return the reference that `value` spells.
+
+    Args:
+        value: the dict, its JSON, or its Python repr (what a template renders). Nothing is
+            evaluated: text goes through `json.loads`, then `ast.literal_eval`.
+
+    Raises:
+        InvalidInputError: it is not a reference, or one with missing or wrong fields.
+    """
+    fields = _parse_text(value) if isinstance(value, str) else value
+    if not isinstance(fields, dict) or not is_data_ref(fields):
+        raise InvalidInputError(
+            f"not a data ref: {_shorten(value)}; expected the dict that DataUploadOperator and "
+            'CacheSensor push, with "__data_ref__": true, or its text'
+        )
+    gcs_uri = fields.get("gcs_uri", fields.get("uri"))
+    is_dir, mount_path = fields.get("is_dir"), fields.get("mount_path")
+    if not isinstance(gcs_uri, str):
+        raise InvalidInputError(f"data ref without a gcs_uri: {_shorten(value)}")
+    if not isinstance(is_dir, bool):
+        raise InvalidInputError(f"data ref whose is_dir is not true or false: {_shorten(value)}")
+    if mount_path is not None and not isinstance(mount_path, str):
+        raise InvalidInputError(f"data ref whose mount_path is not a string: {_shorten(value)}")
+    split_gcs_uri(gcs_uri)
+    return DataRef(gcs_uri, is_dir, mount_path, KINETIC if "uri" in fields else KERAS_REMOTE)
+
+
+def _parse_text(text: str) -> object:
+    if len(text) > _MAX_TEXT:
+        raise InvalidInputError(
+            f"not a data ref: text of {len(text)} characters, expected at most {_MAX_TEXT}"
+        )
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            continue
+    return None
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "…"
