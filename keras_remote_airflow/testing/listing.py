@@ -1,0 +1,173 @@
+"""Sorted names, and pages of a listing over them.
+
+Cloud Storage lists names in the order of their UTF-8 bytes, which is the order of code points,
+which is how Python compares `str`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import re
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MAX_RESULTS = 1000  # https://cloud.google.com/storage/docs/json_api/v1/objects/list#parameters
+# Inserting one name moves half the list; from some number on, sorting once is cheaper.
+_INSORT_UP_TO = 8
+
+
+class Names:
+    """A set of names that is sorted when somebody looks.
+
+    The caller adds a name only when it is not there, and removes it only when it is.
+    """
+
+    __slots__ = ("_new", "_sorted")
+
+    def __init__(self) -> None:
+        self._sorted: list[str] = []
+        self._new: list[str] = []
+
+    def add(self, name: str) -> None:
+        self._new.append(name)
+
+    def remove(self, name: str) -> None:
+        names = self.sorted()
+        del names[bisect_left(names, name)]
+
+    def sorted(self) -> list[str]:
+        """All names in order: not a copy, not to be changed."""
+        if self._new:
+            if len(self._new) <= _INSORT_UP_TO:
+                for name in self._new:
+                    insort(self._sorted, name)
+            else:
+                self._sorted += self._new
+                self._sorted.sort()
+            self._new = []
+        return self._sorted
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """The parameters of a listing; `start` is inclusive, `end` exclusive."""
+
+    prefix: str = ""
+    delimiter: str = ""
+    start: str = ""
+    end: str = ""
+    after: str = ""
+    glob: str = ""
+    include_trailing_delimiter: bool = False
+    max_results: int = MAX_RESULTS
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Names and common prefixes of one page; `next` is the token of the following one."""
+
+    names: list[str]
+    prefixes: list[str]
+    next: str | None
+
+
+def list_page(names: list[str], query: Query) -> Page:
+    """One page of a sorted list of names. Costs a bisection and the page, not the whole list."""
+    found: list[str] = []
+    prefixes: list[str] = []
+    last = ""
+    index = bisect_left(names, max(query.prefix, query.start, query.after))
+    wanted = _glob_matcher(query.glob)
+    while index < len(names):
+        name = names[index]
+        if not name.startswith(query.prefix) or (query.end and name >= query.end):
+            break
+        if name == query.after or (wanted is not None and not wanted(name)):
+            index += 1
+            continue
+        common = ""
+        if query.delimiter:
+            at = name.find(query.delimiter, len(query.prefix))
+            if at >= 0:
+                common = name[: at + len(query.delimiter)]
+        if common and query.after.startswith(common):
+            # The page before ended inside this prefix, which it has shown.
+            index = bisect_left(names, _successor(common), index)
+            continue
+        if len(found) + len(prefixes) >= query.max_results:
+            return Page(found, prefixes, encode_token(last))
+        if common:
+            prefixes.append(common)
+            if query.include_trailing_delimiter and name == common:
+                found.append(name)
+            index = bisect_left(names, _successor(common), index)
+            last = common
+        else:
+            found.append(name)
+            index += 1
+            last = name
+    return Page(found, prefixes, None)
+
+
+def _successor(prefix: str) -> str:
+    """The smallest text greater than everything that starts with `prefix`."""
+    for index in range(len(prefix) - 1, -1, -1):
+        if ord(prefix[index]) < 0x10FFFF:
+            return prefix[:index] + chr(ord(prefix[index]) + 1)
+    return chr(0x10FFFF) * (len(prefix) + 1024)
+
+
+def encode_token(last: str) -> str:
+    return base64.urlsafe_b64encode(b"after:" + last.encode()).decode()
+
+
+def decode_token(token: str) -> str:
+    """The last name or prefix of the page that gave this token.
+
+    Raises:
+        ValueError: no listing gave this token.
+    """
+    try:
+        text = base64.urlsafe_b64decode(token.encode("ascii")).decode()
+    except (binascii.Error, UnicodeError) as exc:
+        raise ValueError(token) from exc
+    if not text.startswith("after:"):
+        raise ValueError(token)
+    return text.removeprefix("after:")
+
+
+@functools.lru_cache(maxsize=64)
+def _glob_matcher(glob: str) -> Callable[[str], object] | None:
+    """https://cloud.google.com/storage/docs/json_api/v1/objects/list#list-objects-and-prefixes-using-glob"""
+    if not glob:
+        return None
+    pattern = ""
+    depth = 0
+    for token in re.findall(r"\*\*/?|\*|\?|\[[^\]]*\]|\\.|[{},]|.", glob, re.DOTALL):
+        if token == "**/":
+            pattern += "(?:.*/)?"
+        elif token == "**":
+            pattern += ".*"
+        elif token == "*":
+            pattern += "[^/]*"
+        elif token == "?":
+            pattern += "[^/]"
+        elif token == "{":
+            depth += 1
+            pattern += "(?:"
+        elif token == "}" and depth:
+            depth -= 1
+            pattern += ")"
+        elif token == "," and depth:
+            pattern += "|"
+        elif len(token) > 2 and token[0] == "[":
+            inside = token[1:-1].replace("\\", r"\\")
+            pattern += "[" + ("^" + inside[1:] if inside[0] == "!" else inside) + "]"
+        elif len(token) == 2 and token[0] == "\\":
+            pattern += re.escape(token[1])
+        else:
+            pattern += re.escape(token)
+    return re.compile(pattern, re.DOTALL).fullmatch

@@ -1,0 +1,143 @@
+"""Buckets and objects as JSON resources, and the hashes in headers.
+
+https://cloud.google.com/storage/docs/json_api/v1/objects#resource and `/buckets#resource`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Container
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote
+
+from .objects import Bucket, StoredObject, invalid
+
+
+def timestamp(microseconds: int) -> str:
+    """RFC 3339 with milliseconds, as Cloud Storage writes it."""
+    moment = datetime.fromtimestamp(microseconds // 1000 / 1000, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{microseconds // 1000 % 1000:03d}Z"
+
+
+def etag(generation: int, metageneration: int) -> str:
+    packed = generation.to_bytes(8, "big") + metageneration.to_bytes(4, "big")
+    return base64.b64encode(packed).decode()
+
+
+def object_resource(
+    stored: StoredObject, base_url: str, wanted: Container[str] | None = None
+) -> dict[str, Any]:
+    """The object's JSON; with `wanted` only these keys (building all is half a listing's cost)."""
+    if wanted is not None and "*" not in wanted:
+        return {
+            key: value
+            for key, make in _CHEAP.items()
+            if key in wanted and (value := make(stored)) is not None
+        } | (
+            {}
+            if all(key in _CHEAP for key in wanted)  # type: ignore[attr-defined]
+            else {k: v for k, v in object_resource(stored, base_url).items() if k in wanted}
+        )
+    name = quote(stored.name, safe="")
+    where = f"storage/v1/b/{stored.bucket}/o/{name}"
+    created = timestamp(stored.created)
+    resource: dict[str, Any] = {
+        "kind": "storage#object",
+        "id": f"{stored.bucket}/{stored.name}/{stored.generation}",
+        "selfLink": f"{base_url}/{where}",
+        "mediaLink": f"{base_url}/download/{where}?generation={stored.generation}&alt=media",
+        "name": stored.name,
+        "bucket": stored.bucket,
+        "generation": str(stored.generation),
+        "metageneration": str(stored.metageneration),
+        "storageClass": "STANDARD",
+        "size": str(stored.size),
+        "crc32c": stored.crc32c,
+        "etag": etag(stored.generation, stored.metageneration),
+        "timeCreated": created,
+        "updated": created if stored.updated == stored.created else timestamp(stored.updated),
+        "timeStorageClassUpdated": created,
+        "timeFinalized": created,
+    }
+    if stored.content_type is not None:
+        resource["contentType"] = stored.content_type
+    if stored.md5 is not None:
+        resource["md5Hash"] = stored.md5
+    if stored.metadata:
+        resource["metadata"] = stored.metadata
+    if stored.component_count is not None:
+        resource["componentCount"] = stored.component_count
+    resource.update(stored.settings)
+    return resource
+
+
+_CHEAP = {
+    "name": lambda stored: stored.name,
+    "bucket": lambda stored: stored.bucket,
+    "generation": lambda stored: str(stored.generation),
+    "metageneration": lambda stored: str(stored.metageneration),
+    "size": lambda stored: str(stored.size),
+    "crc32c": lambda stored: stored.crc32c,
+    "md5Hash": lambda stored: stored.md5,
+    "metadata": lambda stored: stored.metadata or None,
+    "contentType": lambda stored: stored.content_type,
+}
+
+
+def bucket_resource(bucket: Bucket, base_url: str) -> dict[str, Any]:
+    resource: dict[str, Any] = {
+        "kind": "storage#bucket",
+        "id": bucket.name,
+        "name": bucket.name,
+        "selfLink": f"{base_url}/storage/v1/b/{bucket.name}",
+        "projectNumber": "0",
+        "metageneration": str(bucket.metageneration),
+        "location": "US",
+        "locationType": "multi-region",
+        "storageClass": "STANDARD",
+        "etag": etag(bucket.created, bucket.metageneration),
+        "timeCreated": timestamp(bucket.created),
+        "updated": timestamp(bucket.updated),
+        "iamConfiguration": {
+            "uniformBucketLevelAccess": {"enabled": True},
+            "publicAccessPrevention": "inherited",
+        },
+    }
+    resource.update(bucket.settings)
+    return resource
+
+
+def hash_header(stored: StoredObject) -> str:
+    """The value of `x-goog-hash`, of the whole object whatever range is sent."""
+    crc32c = f"crc32c={stored.crc32c}"
+    return crc32c if stored.md5 is None else f"{crc32c},md5={stored.md5}"
+
+
+def parse_hash_header(headers: dict[str, str]) -> dict[str, str]:
+    """Hashes declared in `X-Goog-Hash` and `Content-MD5`.
+
+    Raises:
+        ApiError: 400 when one is not base64 of the right length.
+    """
+    declared: dict[str, str] = {}
+    for part in headers.get("x-goog-hash", "").split(","):
+        name, equals, value = part.strip().partition("=")
+        if equals:
+            declared[name.strip().lower()] = value.strip()
+    if "content-md5" in headers:
+        declared["md5"] = headers["content-md5"]
+    for name, length in (("crc32c", 4), ("md5", 16)):
+        if name in declared:
+            check_hash(declared[name], name, length)
+    return declared
+
+
+def check_hash(value: str, name: str, length: int) -> None:
+    try:
+        right = len(base64.b64decode(value, validate=True)) == length
+    except (binascii.Error, ValueError):
+        right = False
+    if not right:
+        raise invalid(f"Invalid value for {name}: {value!r} is not base64 of {length} bytes")
