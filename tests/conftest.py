@@ -1,0 +1,164 @@
+"""Airflow for the tests: a migrated home for the session, and DAG runs in subprocesses.
+
+    def test_example(airflow_home, run_dag, gcs_server, gcs_bucket, tmp_path):
+        run = run_dag(dag_file, "dag_id", STORAGE_EMULATOR_HOST=gcs_server.url)
+        assert run.states["upload"] == "success", run.log
+        assert run.xcoms["upload"]["return_value"]["is_dir"] is True
+
+Nothing here imports Airflow, so the tests of `core` pay nothing for it, and the same file serves
+every Airflow line.
+"""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_AIRFLOW = [sys.executable, "-m", "airflow"]
+
+
+@pytest.fixture(scope="session")
+def airflow_home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of a subprocess that has an Airflow of its own, its database migrated.
+
+    `google_cloud_default` is an anonymous connection with project "test-project"; point
+    STORAGE_EMULATOR_HOST at a `gcs_server` to give it something to talk to.
+    """
+    home = tmp_path_factory.mktemp("airflow")
+    (home / "dags").mkdir()
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("AIRFLOW", "GOOGLE_", "KERAS_REMOTE_", "STORAGE_EMULATOR"))
+    }
+    env = inherited | {
+        "AIRFLOW_HOME": str(home),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(home / "dags"),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
+        "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",  # 2.11 warns without it
+        "AIRFLOW_CONN_GOOGLE_CLOUD_DEFAULT": json.dumps(
+            {
+                "conn_type": "google_cloud_platform",
+                "extra": {"is_anonymous": True, "project": "test-project"},
+            }
+        ),
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
+    }
+    _run([*_AIRFLOW, "db", "migrate"], env, timeout=240)
+    return env
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a DAG run left in Airflow's database.
+
+    Attributes:
+        states: task id to final state; mapped tasks as "task[0]".
+        tries: task id to the number of tries.
+        xcoms: task id to {key: value}.
+        log: everything the process printed.
+    """
+
+    states: dict[str, str | None]
+    tries: dict[str, int]
+    xcoms: dict[str, dict[str, Any]]
+    log: str
+
+
+@pytest.fixture
+def run_dag(airflow_home: dict[str, str]) -> Callable[..., FinishedRun]:
+    """`run_dag(dag_file, dag_id, *, timeout=120, conf=None, **env) -> FinishedRun`.
+
+    Runs `airflow dags test` (8 to 20 s: put many checks into one run) and returns even when tasks
+    failed; it fails the test when the process itself does not end, since `dag.test()` ignores the
+    timeout of a deferral.
+    """
+
+    def run(
+        dag_file: Path | str,
+        dag_id: str,
+        *,
+        timeout: float = 120,
+        conf: dict[str, Any] | None = None,
+        **env: str,
+    ) -> FinishedRun:
+        # A folder of one file: Airflow 3 looks the DAG up in the folder, whatever file is named.
+        folder = Path(airflow_home["AIRFLOW_HOME"]) / "dags" / dag_id
+        folder.mkdir(exist_ok=True)
+        (folder / Path(dag_file).name).write_bytes(Path(dag_file).read_bytes())
+        options = ["--conf", json.dumps(conf)] if conf else []
+        log = _run(
+            [*_AIRFLOW, "dags", "test", dag_id, *options],
+            airflow_home | {"AIRFLOW__CORE__DAGS_FOLDER": str(folder)} | env,
+            timeout=timeout,
+            check=False,
+        )
+        return _read_run(Path(airflow_home["AIRFLOW_HOME"]) / "airflow.db", dag_id, log)
+
+    return run
+
+
+def _run(command: list[str], env: dict[str, str], timeout: float, check: bool = True) -> str:
+    with subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            log, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its children hold the pipe too
+            log, _ = process.communicate()
+            pytest.fail(f"{command} was still running after {timeout} s:\n{log}")
+    if check and process.returncode:
+        pytest.fail(f"{command} exited with {process.returncode}:\n{log}")
+    return log
+
+
+def _read_run(database: Path, dag_id: str, log: str) -> FinishedRun:
+    """Read the DAG's latest run with sqlite3: Airflow's own models take seconds to import."""
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as db:
+        found = db.execute(
+            "SELECT run_id FROM dag_run WHERE dag_id = ? ORDER BY id DESC LIMIT 1", [dag_id]
+        ).fetchone()
+        if found is None:
+            pytest.fail(f"no run of {dag_id}:\n{log}")
+        instances = db.execute(
+            "SELECT task_id, map_index, state, try_number FROM task_instance"
+            " WHERE dag_id = ? AND run_id = ?",
+            [dag_id, *found],
+        ).fetchall()
+        values = db.execute(
+            "SELECT task_id, map_index, key, value FROM xcom WHERE dag_id = ? AND run_id = ?",
+            [dag_id, *found],
+        ).fetchall()
+    xcoms: dict[str, dict[str, Any]] = {}
+    for task_id, map_index, key, value in values:
+        xcoms.setdefault(_name(task_id, map_index), {})[key] = _decode(value)
+    return FinishedRun(
+        states={_name(task, index): state for task, index, state, _ in instances},
+        tries={_name(task, index): tries for task, index, _, tries in instances},
+        xcoms=xcoms,
+        log=log,
+    )
+
+
+def _name(task_id: str, map_index: int) -> str:
+    return task_id if map_index < 0 else f"{task_id}[{map_index}]"
+
+
+def _decode(value: str | bytes | float | None) -> Any:
+    # JSON: bytes on Airflow 2, a JSON column on 3, where SQLite turns a bare number into one.
+    return json.loads(value) if isinstance(value, str | bytes) else value
