@@ -1,0 +1,75 @@
+# Only python3 (3.11 or newer) has to be there. Everything else goes into virtual environments in
+# this folder; uv installs them in seconds where plain pip takes minutes to resolve Airflow.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_DIR ?= .demo
+
+AIRFLOWS := 2.11 3.1 3.3
+NEWEST := $(lastword $(AIRFLOWS))
+UV = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv
+# The package with all its tools, for `uv pip install`.
+EVERYTHING := --editable '.[demo]' --group test --group lint
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all $(AIRFLOWS:%=test-%) lint lowest constraints $(AIRFLOWS:%=constraints-%) clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help: ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed ## train three times through Airflow: a miss, a hit, a changed image
+	@$(VENV)/bin/python scripts/demo.py --dir $(DEMO_DIR)
+
+test: $(VENV)/.installed ## run the whole test suite on the newest Airflow
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(AIRFLOWS:%=test-%) ## run it on Airflow 2.11, 3.1 and 3.3
+
+test-$(NEWEST): test
+
+$(patsubst %,test-%,$(filter-out $(NEWEST),$(AIRFLOWS))): test-%: $(VENV)-%/.installed
+	@$(VENV)-$*/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed ## ruff and mypy
+	@$(VENV)/bin/python -m ruff check
+	@$(VENV)/bin/python -m ruff format --check
+	@$(VENV)/bin/python -m mypy
+
+# The oldest versions pyproject.toml allows, on the oldest supported Airflow.
+lowest: $(VENV)/.uv ## run the suite with the lowest versions pyproject.toml allows
+	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-lowest
+	@$(UV) pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct $(EVERYTHING)
+	@$(VENV)-lowest/bin/python -m pytest $(PYTEST_ARGS)
+
+constraints: $(AIRFLOWS:%=constraints-%) ## pin the newest versions again, for every Airflow line
+
+$(AIRFLOWS:%=constraints-%): constraints-%: $(VENV)/.uv
+	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-constraints
+	@$(UV) pip install --quiet --upgrade --python $(VENV)-constraints/bin/python 'apache-airflow==$*.*' uv $(EVERYTHING)
+	@$(UV) pip freeze --quiet --python $(VENV)-constraints/bin/python | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints/airflow-$*.txt
+	@rm -rf $(VENV)-constraints
+
+clean: ## remove the environments, the demo's folder and all caches
+	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-constraints $(AIRFLOWS:%=$(VENV)-%) $(DEMO_DIR)
+	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+
+# The stamps keep warm runs from asking uv again.
+$(VENV)/.uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, and $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	@echo "Making $(VENV) (once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/airflow-$(NEWEST).txt uv
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.uv pyproject.toml constraints/airflow-$(NEWEST).txt
+	@echo "Installing Airflow $(NEWEST) and the tools into $(VENV) ..."
+	@$(UV) pip install --quiet --python $(VENV)/bin/python --constraint constraints/airflow-$(NEWEST).txt $(EVERYTHING)
+	@touch $@
+
+$(VENV)-%/.installed: $(VENV)/.uv pyproject.toml constraints/airflow-%.txt
+	@echo "Installing Airflow $* and the tools into $(VENV)-$* ..."
+	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-$*
+	@$(UV) pip install --quiet --python $(VENV)-$*/bin/python --constraint constraints/airflow-$*.txt $(EVERYTHING)
+	@touch $@

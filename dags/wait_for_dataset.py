@@ -1,0 +1,68 @@
+"""Another team's DAG: it knows nothing but a content hash, and starts once those bytes are there.
+
+Trigger it with the hash that a `train_digits` report names. While the dataset is missing the sensor
+waits in the triggerer and holds no worker slot.
+
+Params that are left empty come from the Airflow variables keras_remote_bucket (which has no
+default) and keras_remote_namespace ("default").
+"""
+
+from datetime import datetime
+from pathlib import Path
+
+try:
+    from airflow.sdk import Param, dag, task
+except ImportError:  # Airflow 2
+    from airflow.decorators import dag, task
+    from airflow.models.param import Param
+
+from keras_remote_airflow import CacheSensor, materialize
+
+
+@task
+def describe(ref: dict) -> dict:
+    """Fetch the dataset, verified against its hash, and say what is in it."""
+    path = Path(materialize(ref))
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    found = {
+        "gcs_uri": ref["gcs_uri"],
+        "is_dir": path.is_dir(),
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+    print(f"found {found['files']} files, {found['bytes']} bytes in {found['gcs_uri']}")
+    return found
+
+
+@dag(
+    schedule=None,
+    start_date=datetime(2025, 1, 1),
+    catchup=False,
+    params={
+        "content_hash": Param(
+            type="string",
+            pattern="^[0-9a-f]{64}$",
+            description="64 hex digits, as a train_digits report names them",
+        ),
+        "bucket": Param("", type="string", description="empty: variable keras_remote_bucket"),
+        "namespace": Param("", type="string", description="empty: variable keras_remote_namespace"),
+    },
+    doc_md=__doc__,
+    tags=["example", "keras_remote"],
+)
+def wait_for_dataset():
+    ready = CacheSensor(
+        task_id="wait",
+        content_hash="{{ params.content_hash }}",
+        bucket_name="{{ params.bucket or var.value.keras_remote_bucket }}",
+        namespace_prefix=(
+            "{{ params.namespace or var.value.get('keras_remote_namespace', 'default') }}"
+        ),
+        deferrable=True,
+        poke_interval=10,
+        timeout=24 * 60 * 60,
+    )
+    describe(ready.output)
+
+
+wait_for_dataset()
