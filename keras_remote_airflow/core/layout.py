@@ -10,7 +10,8 @@ The marker is written last: its presence says that every byte is there. Its body
 other clients write it) or one JSON object, a receipt of at most `MAX_MARKER_BYTES`:
 
     {"format_version": 1, "content_hash": "<64 hex digits>", "is_dir": true, "files": 3,
-     "bytes": 1024, "created_at": "2026-01-31T12:00:00Z", "created_by": "keras_remote_airflow/0.1.0"}
+     "bytes": 1024, "created_at": "2026-01-31T12:00:00Z",
+     "created_by": "keras_remote_airflow/0.1.0"}
 
 A reader ignores keys it does not know and refuses a `format_version` above `FORMAT_VERSION`.
 """
@@ -29,14 +30,16 @@ MAX_MARKER_BYTES = 64 * 1024
 # https://cloud.google.com/storage/docs/objects#naming: "1-1024 bytes when UTF-8 encoded".
 MAX_OBJECT_NAME_BYTES = 1024
 
-# The one name that no dataset may hold at its top: the layouts share the data prefix, so a
-# reader of either could not tell a file of that name from a marker.
+# The one name that no dataset may hold at its top: both layouts keep data under one prefix, so a
+# reader could not tell a file of that name from a marker.
 RESERVED_NAME = ".cache_marker"
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _CACHE_NAME = re.compile(r"(?P<namespace>.+)/data-cache/(?P<content_hash>[0-9a-f]{64})/?")
 # https://cloud.google.com/storage/docs/buckets#naming
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+# What no relative path may hold: empty, "." and ".." components, a drive letter, NUL, CR, LF.
+_UNSAFE_PATH = re.compile(rb"(?:^|/)\.{0,2}(?:/|$)|^[A-Za-z]:(?:[/\\]|$)|[\0\r\n]")
 
 
 @dataclass(frozen=True)
@@ -96,20 +99,10 @@ class CacheKey:
 
     @property
     def marker_name(self) -> str:
-        return self.layout.marker.format(
-            namespace=self.namespace, content_hash=self.content_hash
-        )
+        return self.layout.marker.format(namespace=self.namespace, content_hash=self.content_hash)
 
     def object_name(self, relative_path: str) -> str:
         return self.prefix + relative_path
-
-    def relative_path(self, object_name: str) -> str | None:
-        """Return the path of a data object below the prefix; None for a marker.
-
-        Either layout's marker: both may have published the same data under one prefix.
-        """
-        relative = object_name.removeprefix(self.prefix)
-        return None if relative == RESERVED_NAME else relative
 
 
 def cache_key_from_uri(gcs_uri: str, layout: Layout = KERAS_REMOTE) -> CacheKey | None:
@@ -153,6 +146,25 @@ def check_namespace(namespace: str) -> str:
     return namespace
 
 
+def check_relative_path(path: bytes, prefix: str) -> None:
+    """Raise InvalidInputError unless `path` (UTF-8) can be an object below `prefix` and a file.
+
+    The same rules when publishing and when reading back: what can be published can be read, and
+    no object name leads out of the directory it is read into.
+    """
+    shown = path.decode(errors="replace")
+    if _UNSAFE_PATH.search(path):
+        raise InvalidInputError(
+            f"unsafe relative path {shown!r}: expected no '.', '..' or empty component, no drive "
+            "letter, no line break and no NUL. Rename it."
+        )
+    if len(path) + len(prefix.encode()) > MAX_OBJECT_NAME_BYTES:
+        raise InvalidInputError(
+            f"object name too long: {prefix + shown!r} has {len(path) + len(prefix.encode())} "
+            f"bytes in UTF-8, Cloud Storage takes {MAX_OBJECT_NAME_BYTES}. Shorten the path."
+        )
+
+
 def check_content_hash(content_hash: str) -> str:
     """Return `content_hash` if it is one, else raise InvalidInputError."""
     if not isinstance(content_hash, str) or not _HASH.fullmatch(content_hash):
@@ -171,7 +183,7 @@ class Receipt:
         content_hash: 64 hex digits.
         is_dir: whether the dataset is a directory or a single file.
         files: number of data objects.
-        bytes: their total size.
+        total_bytes: their size.
         created_at: when the marker was written, RFC 3339 in UTC.
         created_by: package and version that wrote it.
     """
@@ -179,7 +191,7 @@ class Receipt:
     content_hash: str
     is_dir: bool
     files: int
-    bytes: int
+    total_bytes: int
     created_at: str
     created_by: str = f"keras_remote_airflow/{__version__}"
 
@@ -189,7 +201,9 @@ class Receipt:
         return cls(content_hash, is_dir, files, total_bytes, created_at)
 
     def to_json(self) -> bytes:
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}).encode()
+        fields = asdict(self)
+        fields["bytes"] = fields.pop("total_bytes")
+        return json.dumps({"format_version": FORMAT_VERSION, **fields}).encode()
 
 
 def parse_marker(body: bytes, key: CacheKey) -> Receipt | None:
@@ -200,7 +214,9 @@ def parse_marker(body: bytes, key: CacheKey) -> Receipt | None:
     if not body:
         return None
     where = f"gs://{key.bucket}/{key.marker_name}"
-    remedy = "Use a newer keras_remote_airflow, or delete that object to have the data uploaded anew."
+    remedy = (
+        "Use a newer keras_remote_airflow, or delete that object to have the data uploaded anew."
+    )
     try:
         fields = json.loads(body)
         version = int(fields["format_version"])
@@ -221,7 +237,10 @@ def parse_marker(body: bytes, key: CacheKey) -> Receipt | None:
             f"{', '.join(wrong) or 'content_hash'}): found {body[:300]!r}. {remedy}"
         )
     return Receipt(
-        **{name: fields[name] for name in types},
+        fields["content_hash"],
+        fields["is_dir"],
+        fields["files"],
+        fields["bytes"],
         created_at=str(fields.get("created_at", "")),
         created_by=str(fields.get("created_by", "")),
     )

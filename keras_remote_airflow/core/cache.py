@@ -1,0 +1,365 @@
+"""Publish data under the hash of its content, once; look up what is published.
+
+Order is what keeps the cache honest. On a miss: hash, look at what an earlier attempt left, upload
+what is missing, and only when every byte is stored write the marker. Whoever dies in between
+leaves objects but no marker, which readers take for "not there" and the next attempt completes.
+"""
+
+import logging
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from keras_remote_airflow.core.data import Data
+from keras_remote_airflow.core.errors import ConflictError, InvalidInputError
+from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH, Snapshot, take_snapshot
+from keras_remote_airflow.core.inventory import data_objects, differences
+from keras_remote_airflow.core.layout import (
+    RESERVED_NAME,
+    CacheKey,
+    Receipt,
+    check_bucket,
+    check_namespace,
+    check_relative_path,
+    get_layout,
+    parse_marker,
+)
+from keras_remote_airflow.core.progress import Progress, format_bytes
+from keras_remote_airflow.core.store import ObjectStore, Upload, list_objects, open_store
+
+_log = logging.getLogger(__name__)
+
+# Above this keras_remote suggests reading from Cloud Storage directly (10 * 1024**3 bytes).
+_LARGE = 10 * 1024**3
+_VERIFY = ("page", "full")
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A published dataset.
+
+    Attributes:
+        gcs_uri: where it is, without a trailing slash.
+        is_dir: whether it is a directory; None if its marker does not say.
+        files: number of data objects; None if its marker does not say.
+        bytes: their total size; None likewise.
+    """
+
+    gcs_uri: str
+    is_dir: bool | None
+    files: int | None
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class UploadResult:
+    """What `upload` did.
+
+    Attributes:
+        gcs_uri: where the data is.
+        is_dir: whether it is a directory.
+        content_hash: 64 hex digits; None for data that was on Cloud Storage already.
+        cache_hit: whether it was published before, whole.
+        files: number of files in the data.
+        bytes: their total size.
+        uploaded_files: how many of them this call sent.
+        uploaded_bytes: the size of those.
+        seconds: how long it took, hashing included.
+    """
+
+    gcs_uri: str
+    is_dir: bool
+    content_hash: str | None = None
+    cache_hit: bool = False
+    files: int = 0
+    bytes: int = 0
+    uploaded_files: int = 0
+    uploaded_bytes: int = 0
+    seconds: float = 0.0
+
+    def stats(self) -> dict[str, Any]:
+        """Return the figures as the JSON-safe dict that DataUploadOperator pushes."""
+        names = (
+            "content_hash",
+            "cache_hit",
+            "files",
+            "bytes",
+            "uploaded_files",
+            "uploaded_bytes",
+            "seconds",
+        )
+        return {name: getattr(self, name) for name in names}
+
+
+def upload_data(
+    bucket_name: str,
+    data: Data | str,
+    project: str | None = None,
+    namespace_prefix: str = "default",
+    *,
+    client: Any = None,
+    layout: str = "keras_remote",
+    verify: str = "page",
+) -> str:
+    """Make sure that `data` is on Cloud Storage and return its `gs://` URI.
+
+    See `upload`, which also tells what it did.
+    """
+    result = upload(
+        bucket_name, data, project, namespace_prefix, client=client, layout=layout, verify=verify
+    )
+    return result.gcs_uri
+
+
+def upload(
+    bucket_name: str,
+    data: Data | str,
+    project: str | None = None,
+    namespace_prefix: str = "default",
+    *,
+    client: Any = None,
+    layout: str = "keras_remote",
+    verify: str = "page",
+) -> UploadResult:
+    """Make sure that `data` is on Cloud Storage, uploading what is not there yet.
+
+    `gs://` data is returned as it is, without a request. Local data is read and hashed; if it is
+    published under its hash, nothing is written. Otherwise its files are uploaded concurrently,
+    except those an earlier attempt left there, and the marker is written last. Nothing is ever
+    overwritten or deleted: roles/storage.objectCreator and objectViewer are enough.
+
+    Args:
+        bucket_name: bare name of an existing bucket.
+        data: a `Data`, or its path.
+        project: project id for the client made here; None takes `get_default_project()`.
+        namespace_prefix: what leads every object name.
+        client: google.cloud.storage.Client whose credentials and endpoint to use; None makes one.
+        layout: "keras_remote" or "kinetic", see `core.layout`.
+        verify: how much of the listing a hit is checked against: "page" (the first 1,000 objects,
+            one request) or "full".
+
+    Returns:
+        Where the data is and what was done.
+
+    Raises:
+        InvalidInputError: bad input, before anything is written.
+        DataChangedError: the data changed meanwhile; nothing was published.
+        ConflictError: objects under the hash hold other bytes.
+        MarkerError: the marker cannot be read.
+        StoreError: Cloud Storage refused, or kept failing for 120 s.
+    """
+    started = time.monotonic()
+    check_bucket(bucket_name)
+    check_namespace(namespace_prefix)
+    chosen_layout = get_layout(layout)
+    _check_verify(verify)
+    if not isinstance(data, Data):
+        data = Data(data)
+    if data.is_gcs:
+        _log.info("Data is on Cloud Storage already: %s", data.path)
+        return UploadResult(data.path, data.is_dir)
+
+    snapshot = take_snapshot(data.path)
+    key = CacheKey(bucket_name, namespace_prefix, snapshot.content_hash, chosen_layout)
+    _check_names(snapshot, key)
+    sent = Progress(_log, f"Uploading to {key.gcs_uri}", len(snapshot), snapshot.total_bytes)
+    with open_store(bucket_name, client, project) as store:
+        hit = lookup(store, key, snapshot=snapshot, verify=verify) is not None
+        if not hit:
+            _warn_if_large(snapshot)
+            _publish(store, key, snapshot, sent)
+    result = UploadResult(
+        key.gcs_uri,
+        snapshot.is_dir,
+        snapshot.content_hash,
+        hit,
+        len(snapshot),
+        snapshot.total_bytes,
+        sent.files,
+        sent.bytes,
+        round(time.monotonic() - started, 3),
+    )
+    _log.info(
+        "%s: %s, %d files (%s), uploaded %d (%s) in %.1f s",
+        "Cache hit" if hit else "Uploaded",
+        result.gcs_uri,
+        result.files,
+        format_bytes(result.bytes),
+        result.uploaded_files,
+        format_bytes(result.uploaded_bytes),
+        result.seconds,
+    )
+    return result
+
+
+def find(
+    bucket_name: str,
+    content_hash: str,
+    project: str | None = None,
+    namespace_prefix: str = "default",
+    *,
+    client: Any = None,
+    layout: str = "keras_remote",
+    verify: str = "page",
+) -> CacheEntry | None:
+    """Return the dataset published under `content_hash`, or None while there is none.
+
+    Reads the marker and one page of the listing (`verify="full"`: all of it). A marker whose
+    objects are gone counts as none, and a warning says so.
+
+    Parameters and errors are those of `upload`.
+    """
+    key = CacheKey(bucket_name, namespace_prefix, content_hash, get_layout(layout))
+    _check_verify(verify)
+    with open_store(bucket_name, client, project) as store:
+        return lookup(store, key, verify=verify)
+
+
+def lookup(
+    store: ObjectStore, key: CacheKey, *, snapshot: Snapshot | None = None, verify: str = "page"
+) -> CacheEntry | None:
+    """Return the entry under `key` if its marker and its objects are there, else None.
+
+    Args:
+        store: the bucket that `key` names.
+        key: the entry.
+        snapshot: the data itself, where it is at hand: then the listing is compared with it,
+            otherwise with the marker's receipt.
+        verify: "page" or "full".
+    """
+    body = store.read(key.marker_name)
+    if body is None:
+        return None
+    receipt = parse_marker(body, key)
+    if snapshot is not None:
+        missing = sum(1 for _ in _missing(store, key, snapshot, only_first_page=verify == "page"))
+        problem = f"{missing} of its objects are gone" if missing else None
+        entry = CacheEntry(key.gcs_uri, snapshot.is_dir, len(snapshot), snapshot.total_bytes)
+    else:
+        problem = _disagreement(store, key, receipt, verify)
+        entry = CacheEntry(key.gcs_uri, None, None, None)
+        if receipt:
+            entry = CacheEntry(key.gcs_uri, receipt.is_dir, receipt.files, receipt.total_bytes)
+    if problem:
+        _log.warning(
+            "%s has its marker, but %s (a lifecycle rule may have deleted them): not a hit until "
+            "the data is uploaded again",
+            key.gcs_uri,
+            problem,
+        )
+        return None
+    return entry
+
+
+def _check_verify(verify: str) -> None:
+    if verify not in _VERIFY:
+        raise InvalidInputError(f"unknown verify {verify!r}: expected one of {list(_VERIFY)}")
+
+
+def _check_names(snapshot: Snapshot, key: CacheKey) -> None:
+    for name in snapshot.names():
+        check_relative_path(name, key.prefix)
+        if name == RESERVED_NAME.encode():
+            raise InvalidInputError(
+                f"{snapshot.local_path(RESERVED_NAME)}: this name is reserved for the cache's own "
+                "marker. Rename or remove the file."
+            )
+
+
+def _warn_if_large(snapshot: Snapshot) -> None:
+    if snapshot.total_bytes > _LARGE:
+        _log.warning(
+            "%s holds %s. For data of this size consider keeping it on Cloud Storage and passing "
+            'its URI (Data("gs://…")), with I/O that streams (tf.data, grain)',
+            snapshot.root,
+            format_bytes(snapshot.total_bytes),
+        )
+
+
+def _publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progress) -> None:
+    missing = array("Q", _missing(store, key, snapshot, only_first_page=False))
+    _log.info("Uploading %d of %d files to %s", len(missing), len(snapshot), key.gcs_uri)
+
+    def uploads() -> Iterator[Upload]:
+        for index in missing:
+            file = snapshot.record(index)
+            yield Upload(
+                snapshot.local_path(file.path),
+                key.prefix + file.path,
+                file.size,
+                file.mtime_ns,
+                file.crc32c,
+                file.digest,
+            )
+
+    def done(upload: Upload, was_sent: bool) -> None:
+        if was_sent:
+            sent.add(1, upload.size)
+        _log.debug("%s %s", "Stored" if was_sent else "Found", upload.name)
+
+    store.upload(uploads(), done)
+    receipt = Receipt.now(
+        snapshot.content_hash,
+        is_dir=snapshot.is_dir,
+        files=len(snapshot),
+        total_bytes=snapshot.total_bytes,
+    )
+    # The marker goes last: readers take its presence to mean "all bytes are here".
+    if not store.create(key.marker_name, receipt.to_json()):
+        # Another uploader was first, or the marker had outlived its objects: it must be sound.
+        parse_marker(store.read(key.marker_name) or b"", key)
+
+
+def _missing(
+    store: ObjectStore, key: CacheKey, snapshot: Snapshot, *, only_first_page: bool
+) -> Iterator[int]:
+    """Yield which files of the snapshot have no object; raise ConflictError for foreign objects."""
+    bound = None
+    if only_first_page:
+        page = store.list_page(key.prefix)
+        objects = iter(page.objects)
+        if page.next_token is not None:
+            bound = page.objects[-1].name.removeprefix(key.prefix).encode()
+    else:
+        objects = list_objects(store, key.prefix)
+    for index, found in differences(snapshot, data_objects(objects, key.prefix), bound):
+        if found is None and index is not None:
+            yield index
+        elif found is not None:
+            uri = f"gs://{key.bucket}/{found.name}"
+            expected = snapshot.record(index) if index is not None else None
+            raise ConflictError(
+                f"{uri} ({found.size} bytes) "
+                + (
+                    f"holds other bytes than {snapshot.local_path(expected.path)} "
+                    f"({expected.size} bytes)"
+                    if expected
+                    else "is under this content hash but not in the data"
+                )
+                + f". Nothing was overwritten. Find out who wrote it; to clear it: gcloud storage "
+                f"rm '{uri}'"
+            )
+
+
+def _disagreement(
+    store: ObjectStore, key: CacheKey, receipt: Receipt | None, verify: str
+) -> str | None:
+    """Say how the objects under `key` disagree with its receipt, or return None."""
+    page = store.list_page(key.prefix)
+    whole = page.next_token is None or verify == "full"
+    objects = list_objects(store, key.prefix) if page.next_token and whole else page.objects
+    files = size = 0
+    for _, info in data_objects(objects, key.prefix):
+        files += 1
+        size += info.size
+    if receipt is None:
+        # Another client's marker says nothing of its objects; only the empty directory has none.
+        return None if files or key.content_hash == EMPTY_DIRECTORY_HASH else "it has no objects"
+    if whole and (files, size) != (receipt.files, receipt.total_bytes):
+        return (
+            f"it has {files} objects with {size} bytes where the marker says {receipt.files} with "
+            f"{receipt.total_bytes}"
+        )
+    return None if whole or files <= receipt.files else "it has more objects than the marker says"

@@ -1,0 +1,84 @@
+"""`Data`: a local file, a local directory or a `gs://` URI."""
+
+import logging
+import os
+
+from keras_remote_airflow.core.errors import DataNotFoundError, InvalidInputError
+from keras_remote_airflow.core.hashing import take_snapshot
+
+_log = logging.getLogger(__name__)
+
+
+class Data:
+    """Data that a job needs, as in keras_remote.
+
+    Args:
+        path: a local file or directory (absolute, relative or with `~`), or a `gs://` URI. A URI
+            that ends in "/" is a directory (a prefix), any other a single object.
+
+    Raises:
+        ValueError: the path is empty.
+        FileNotFoundError: a local path does not exist.
+    """
+
+    def __init__(self, path: str) -> None:
+        if not path:
+            raise InvalidInputError("data path must not be empty")
+        self._raw_path = path
+        self._path = path
+        if self.is_gcs:
+            _warn_of_missing_slash(path)
+            return
+        self._path = os.path.abspath(os.path.expanduser(path))
+        if not os.path.lexists(self._path):
+            raise DataNotFoundError(
+                f"data path does not exist: {path} (resolved to {self._path}). Check the path, and "
+                "that this machine is the one that has the data."
+            )
+        if not os.path.exists(self._path):
+            raise DataNotFoundError(
+                f"broken link: {self._path} points to {os.readlink(self._path)}, which is not there"
+            )
+
+    @property
+    def path(self) -> str:
+        """The absolute local path, or the `gs://` URI as it was given."""
+        return self._path
+
+    @property
+    def is_gcs(self) -> bool:
+        """Whether it is a `gs://` URI."""
+        return self._raw_path.startswith("gs://")
+
+    @property
+    def is_dir(self) -> bool:
+        """Whether it is a directory; for a `gs://` URI, whether it ends in "/"."""
+        return self._raw_path.endswith("/") if self.is_gcs else os.path.isdir(self._path)
+
+    def content_hash(self) -> str:
+        """Read the data and return its content hash: 64 hex digits, see `core.hashing`.
+
+        Raises:
+            ValueError: the data is on Cloud Storage already, or holds something that is no
+                readable file.
+            DataChangedError: a file changed or vanished while it was read.
+        """
+        if self.is_gcs:
+            raise InvalidInputError(
+                f"cannot compute a content hash for {self._path}: only local data is hashed"
+            )
+        return take_snapshot(self._path).content_hash
+
+    def __repr__(self) -> str:
+        return f"Data({self._raw_path!r})"
+
+
+def _warn_of_missing_slash(uri: str) -> None:
+    last = uri.removeprefix("gs://").rpartition("/")[2]
+    if last and "." not in last:
+        _log.warning(
+            "%s has neither a trailing slash nor a file extension and is taken for a single "
+            "object. If it is a directory (a prefix), write %s/",
+            uri,
+            uri,
+        )

@@ -1,0 +1,353 @@
+"""One read of a file or directory gives its content hash and, per file, what an upload declares.
+
+The content hash is keras_remote's two-level one, byte for byte as keras-kinetic 0.0.1 to 0.0.4
+compute it (`kinetic/data/data.py`); `||` concatenates and every digest is the raw 32 bytes:
+
+    file digest   SHA-256(relative path || 00 || content)       path in UTF-8 with "/"
+    directory     SHA-256("dir:" || digest of file 1 || digest of file 2 || …)
+    single file   SHA-256("file:" || digest under its basename)
+
+The order is os.walk's with names sorted by code point: a directory's files, then its
+subdirectories. Linked directories are not followed; linked files are read.
+
+SHA-256 and CRC32C come from the same bytes, so whatever later answers to the CRC32C of an upload
+is what was hashed. A snapshot keeps about 70 bytes a file plus its name, in flat arrays: a million
+files fit into some 150 MB.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import stat
+import threading
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import google_crc32c
+
+from keras_remote_airflow.core.errors import (
+    DataChangedError,
+    DataNotFoundError,
+    InvalidInputError,
+)
+from keras_remote_airflow.core.progress import Progress
+
+_log = logging.getLogger(__name__)
+
+# Below this a file is hashed inline. hashlib lets go of the interpreter lock above 2 KiB, and
+# threads that hash small files spend their time fighting over it.
+_SMALL = 128 * 1024
+_CHUNK = 1024 * 1024
+# O_NONBLOCK: should a FIFO take a file's place after the directory was listed, opening it must
+# not hang. It means nothing to a regular file.
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+class FileRecord(NamedTuple):
+    """One file of a snapshot.
+
+    Attributes:
+        path: relative to the snapshot's root, with "/"; a single file's basename.
+        size: bytes.
+        crc32c: of its content.
+        digest: raw SHA-256 of path, a zero byte and content.
+        mtime_ns: modification time when it was opened, nanoseconds since the epoch.
+    """
+
+    path: str
+    size: int
+    crc32c: int
+    digest: bytes
+    mtime_ns: int
+
+
+class Snapshot:
+    """What a file or directory held when it was read; made by `take_snapshot`.
+
+    Attributes:
+        root: absolute local path.
+        is_dir: whether it is a directory.
+        content_hash: 64 hex digits.
+        total_bytes: size of all files.
+    """
+
+    def __init__(self, root: str, is_dir: bool) -> None:
+        self.root = root
+        self.is_dir = is_dir
+        self.content_hash = ""
+        self.total_bytes = 0
+        self._names = bytearray()
+        self._name_ends = array("Q")
+        self._sizes = array("Q")
+        self._crcs = array("I")
+        self._mtimes = array("q")
+        self._digests = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def name(self, index: int) -> bytes:
+        """Return the relative path of file `index` in UTF-8."""
+        start = self._name_ends[index - 1] if index else 0
+        return bytes(self._names[start : self._name_ends[index]])
+
+    def names(self) -> Iterator[bytes]:
+        """Yield every relative path in UTF-8, in the order of the content hash."""
+        return map(self.name, range(len(self)))
+
+    def record(self, index: int) -> FileRecord:
+        """Return file `index`, in the order of the content hash."""
+        return FileRecord(
+            self.name(index).decode(),
+            self._sizes[index],
+            self._crcs[index],
+            bytes(self._digests[32 * index : 32 * index + 32]),
+            self._mtimes[index],
+        )
+
+    def records(self) -> Iterator[FileRecord]:
+        """Yield every file in the order of the content hash."""
+        return map(self.record, range(len(self)))
+
+    def local_path(self, relative_path: str) -> str:
+        """Return where the file called `relative_path` is on disk."""
+        return os.path.join(self.root, relative_path) if self.is_dir else self.root
+
+    def _reserve(self, name: bytes, opened: os.stat_result) -> int:
+        self._names += name
+        self._name_ends.append(len(self._names))
+        self._sizes.append(opened.st_size)
+        self._mtimes.append(opened.st_mtime_ns)
+        self._crcs.append(0)
+        self._digests += bytes(32)
+        self.total_bytes += opened.st_size
+        return len(self._sizes) - 1
+
+    def _fill(self, index: int, digest: bytes, crc32c: int) -> None:
+        self._digests[32 * index : 32 * index + 32] = digest
+        self._crcs[index] = crc32c
+
+    def _finish(self) -> None:
+        kind = b"dir:" if self.is_dir else b"file:"
+        self.content_hash = hashlib.sha256(kind + self._digests).hexdigest()
+
+
+# SHA-256("dir:"): the one dataset that has no objects.
+EMPTY_DIRECTORY_HASH = hashlib.sha256(b"dir:").hexdigest()
+
+
+def take_snapshot(path: str) -> Snapshot:
+    """Read a local file or directory once.
+
+    Args:
+        path: absolute local path.
+
+    Returns:
+        The snapshot, content hash included.
+
+    Raises:
+        DataNotFoundError: nothing is there.
+        InvalidInputError: something in it is no file that can be read: a FIFO, socket or device
+            (never opened), a broken link, a name that is not UTF-8, a file without permission.
+        DataChangedError: a file vanished or changed its size while it was read.
+    """
+    is_dir = os.path.isdir(path)
+    snapshot = Snapshot(path, is_dir)
+    progress = Progress(_log, f"Hashing {path}")
+    stop = threading.Event()
+    with ThreadPoolExecutor(os.cpu_count() or 1, "hash") as pool:
+        window: deque[Future[None]] = deque()
+        try:
+            for name, file_path in _walk(path) if is_dir else _single(path):
+                descriptor, opened = _open(file_path)
+                index = snapshot._reserve(name, opened)
+                job = _Job(snapshot, index, name, file_path, descriptor, opened.st_size, progress)
+                if opened.st_size <= _SMALL:
+                    job.hash_small()
+                    continue
+                window.append(pool.submit(job.hash_large, stop))
+                if len(window) > 4 * (os.cpu_count() or 1):
+                    window.popleft().result()
+            for future in window:
+                future.result()
+        finally:
+            stop.set()
+    snapshot._finish()
+    _log.debug(
+        "Hashed %s: %d files, %d bytes, %.2f s",
+        path,
+        len(snapshot),
+        snapshot.total_bytes,
+        progress.seconds,
+    )
+    return snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One open file on its way into the snapshot; closes its descriptor."""
+
+    snapshot: Snapshot
+    index: int
+    name: bytes
+    path: str
+    descriptor: int
+    size: int
+    progress: Progress
+
+    def hash_small(self) -> None:
+        try:
+            content = os.read(self.descriptor, self.size + 1)
+        finally:
+            os.close(self.descriptor)
+        self._check(len(content))
+        digest = hashlib.sha256(self.name + b"\0" + content).digest()
+        self.snapshot._fill(self.index, digest, google_crc32c.value(content))
+        self.progress.add(1, self.size)
+
+    def hash_large(self, stop: threading.Event) -> None:
+        sha256 = hashlib.sha256(self.name + b"\0")
+        crc32c = done = 0
+        try:
+            while not stop.is_set() and (chunk := os.read(self.descriptor, _CHUNK)):
+                sha256.update(chunk)
+                crc32c = google_crc32c.extend(crc32c, chunk)
+                done += len(chunk)
+                self.progress.add(0, len(chunk))
+        finally:
+            os.close(self.descriptor)
+        if not stop.is_set():
+            self._check(done)
+            self.snapshot._fill(self.index, sha256.digest(), crc32c)
+            self.progress.add(1, 0)
+
+    def _check(self, size: int) -> None:
+        if size != self.size:
+            raise DataChangedError(
+                f"{self.path} changed while it was being hashed ({self.size} bytes when opened, "
+                f"{size} bytes read). Retry once nothing writes to it."
+            )
+
+
+def _open(path: str) -> tuple[int, os.stat_result]:
+    try:
+        descriptor = os.open(path, _OPEN_FLAGS)
+    except FileNotFoundError as exc:
+        raise DataChangedError(
+            f"{path} vanished while the data was being read. Retry once nothing writes to it."
+        ) from exc
+    except PermissionError as exc:
+        raise InvalidInputError(
+            f"cannot read {path}: permission denied. Make it readable for this user, or move it "
+            "out of the data."
+        ) from exc
+    opened = os.fstat(descriptor)
+    if not stat.S_ISREG(opened.st_mode):
+        os.close(descriptor)
+        raise _not_a_file(path, opened.st_mode)
+    return descriptor, opened
+
+
+def _single(path: str) -> Iterator[tuple[bytes, str]]:
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as exc:
+        raise DataNotFoundError(f"data path does not exist: {path}") from exc
+    if not stat.S_ISREG(mode):
+        raise _not_a_file(path, mode)
+    yield _encode(os.path.basename(path), path), path
+
+
+def _walk(root: str) -> Iterator[tuple[bytes, str]]:
+    """Yield relative and absolute path of each file, in the order of the content hash."""
+    linked: list[str] = []
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        files, subfolders = _list(root, folder, linked)
+        for name in files:
+            relative = folder + name
+            path = f"{root}/{relative}"
+            yield _encode(relative, path), path
+        folders.extend(f"{folder}{name}/" for name in reversed(subfolders))
+    if linked:
+        _log.warning(
+            "Linked directories are not followed and not part of the data: %s%s",
+            ", ".join(linked[:10]),
+            f" and {len(linked) - 10} more" if len(linked) > 10 else "",
+        )
+
+
+def _list(root: str, folder: str, linked: list[str]) -> tuple[list[str], list[str]]:
+    files: list[str] = []
+    subfolders: list[str] = []
+    try:
+        with os.scandir(f"{root}/{folder}") as entries:
+            for entry in entries:
+                if entry.is_file():
+                    files.append(entry.name)
+                elif entry.is_dir(follow_symlinks=False):
+                    subfolders.append(entry.name)
+                elif entry.is_dir():
+                    linked.append(folder + entry.name)
+                else:
+                    raise _special(f"{root}/{folder}{entry.name}")
+    except PermissionError as exc:
+        raise InvalidInputError(
+            f"cannot list {root}/{folder}: permission denied. Make it readable for this user, or "
+            "move it out of the data."
+        ) from exc
+    except FileNotFoundError as exc:
+        raise DataChangedError(
+            f"{root}/{folder} vanished while the data was being read. Retry once nothing writes "
+            "to it."
+        ) from exc
+    except OSError as exc:
+        if exc.errno == errno.ELOOP:
+            raise InvalidInputError(
+                f"link loop: {exc.filename or root + '/' + folder} points to itself. Remove it."
+            ) from exc
+        raise
+    files.sort()
+    subfolders.sort()
+    return files, subfolders
+
+
+def _special(path: str) -> Exception:
+    try:
+        return _not_a_file(path, os.stat(path).st_mode)
+    except OSError:
+        if not os.path.islink(path):
+            return DataChangedError(
+                f"{path} vanished while the data was being read. Retry once nothing writes to it."
+            )
+        return InvalidInputError(
+            f"broken link: {path} points to {os.readlink(path)}, which is not there. Remove the "
+            "link or restore its target."
+        )
+
+
+def _not_a_file(path: str, mode: int) -> InvalidInputError:
+    kinds = {
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFDIR: "a directory",
+    }
+    kind = kinds.get(stat.S_IFMT(mode), "a special file")
+    return InvalidInputError(f"{path} is {kind}: expected regular files. Move it out of the data.")
+
+
+def _encode(relative: str, path: str) -> bytes:
+    try:
+        return relative.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidInputError(
+            f"file name is not UTF-8: {os.fsencode(path)!r}. Rename it."
+        ) from exc

@@ -1,0 +1,329 @@
+"""Turn a data ref into a verified local path.
+
+Objects are downloaded into a directory beside the destination, each checked against its size and
+CRC32C; then the whole is hashed anew, from disk, and only if it is what the ref names it is
+renamed into place. Who opens the destination finds nothing or everything.
+
+The temporary directory has a fixed name, `.{name}.partial`, and is locked (flock) by whoever
+fills it: a second process waits and then reuses the result, and what a killed one left behind is
+swept by the next.
+"""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError
+from keras_remote_airflow.core.hashing import Snapshot, take_snapshot
+from keras_remote_airflow.core.inventory import data_objects, differences
+from keras_remote_airflow.core.layout import (
+    CacheKey,
+    check_relative_path,
+    parse_marker,
+    split_gcs_uri,
+)
+from keras_remote_airflow.core.progress import Progress, format_bytes
+from keras_remote_airflow.core.refs import DataRef, parse_data_ref
+from keras_remote_airflow.core.store import (
+    Download,
+    ObjectInfo,
+    ObjectStore,
+    list_objects,
+    open_store,
+)
+
+_log = logging.getLogger(__name__)
+
+# Objects listed before they are downloaded: bounds memory whatever the size of the dataset.
+_BATCH = 10_000
+
+
+def materialize(
+    ref: object, dest: str | None = None, *, client: Any = None, project: str | None = None
+) -> str:
+    """Download the data that `ref` names, verify it, and return its local path.
+
+    Data from a cache is verified against the content hash in its URI. Other `gs://` data has no
+    such hash: every object is checked against its size and CRC32C, that is, against damage on the
+    way, and that is all that can be promised. Objects are fetched as they are stored; those with
+    `Content-Encoding: gzip` stay compressed.
+
+    Args:
+        ref: the data ref: the dict, its JSON or its Python repr.
+        dest: the directory to hold the data: it becomes the dataset, or gets the single file under
+            its own name. None takes the ref's `mount_path`, else a directory named by the content
+            below `keras-remote-data-{uid}` in the system's temporary directory. Data that is
+            there already is verified and reused.
+        client: google.cloud.storage.Client whose credentials and endpoint to use; None makes one.
+        project: project id for the client made here; None takes `get_default_project()`.
+
+    Returns:
+        The absolute path of the directory, or of the file.
+
+    Raises:
+        InvalidInputError: a malformed ref, an object name that leads out of the destination, a
+            destination that holds something else.
+        IntegrityError: what is stored is not what the ref names; the destination is untouched.
+        StoreError: Cloud Storage refused, or kept failing for 120 s.
+        OSError: the destination cannot be written, or the disk is full.
+    """
+    parsed = parse_data_ref(ref)
+    key = parsed.cache_key
+    target = dest or parsed.mount_path or (_default_dest(key.content_hash) if key else None)
+    if key and parsed.is_dir and target and _holds_directory(target, key.content_hash):
+        _log.info("Reusing %s: it holds %s", target, parsed.gcs_uri)
+        return os.path.abspath(target)
+    with open_store(split_gcs_uri(parsed.gcs_uri)[0], client, project) as store:
+        source = _Source(store, parsed, key)
+        target = os.path.abspath(target or _default_dest(source.fingerprint()))
+        if parsed.is_dir:
+            folder, name = os.path.split(target)
+            return _fetch(source, os.path.join(folder, f".{name}.partial"), target)
+        name = source.single_name()
+        return _fetch(source, os.path.join(target, f".{name}.partial"), os.path.join(target, name))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The objects behind a ref.
+
+    Attributes:
+        store: the bucket they are in.
+        ref: the ref.
+        key: its cache entry, or None for data outside a cache.
+    """
+
+    store: ObjectStore
+    ref: DataRef
+    key: CacheKey | None
+
+    def objects(self) -> Iterator[tuple[bytes, ObjectInfo]]:
+        """Yield relative path (UTF-8) and object, in the byte order of the paths."""
+        if self.key:
+            return data_objects(list_objects(self.store, self.key.prefix), self.key.prefix)
+        name = split_gcs_uri(self.ref.gcs_uri)[1]
+        if self.ref.is_dir:
+            prefix = name.rstrip("/") + "/" if name else ""
+            return data_objects(list_objects(self.store, prefix), prefix)
+        page = self.store.list_page(name)
+        return ((os.path.basename(name).encode(), o) for o in page.objects if o.name == name)
+
+    def single_name(self) -> str:
+        """Return the name of the one file behind the ref; raise IntegrityError unless it is one."""
+        found = list(islice(self.objects(), 2))
+        if len(found) != 1:
+            raise IntegrityError(
+                f"{self.ref.gcs_uri} should be one file, but "
+                + ("nothing is there" if not found else f"holds several: {found[0][1].name}, …")
+                + ". Check is_dir in the ref, and whether a lifecycle rule deleted the data."
+            )
+        path = found[0][0]
+        check_relative_path(path, "")
+        if b"/" in path:
+            raise IntegrityError(
+                f"{self.ref.gcs_uri} should be one file, but holds {found[0][1].name}"
+            )
+        return path.decode()
+
+    def fingerprint(self) -> str:
+        """Return a hash of which objects, in which generation, the ref stands for just now."""
+        digest = hashlib.sha256(self.ref.gcs_uri.encode())
+        for _, info in self.objects():
+            digest.update(f"\0{info.name}\0{info.generation}".encode())
+        return digest.hexdigest()
+
+    def problem(self, snapshot: Snapshot) -> str | None:
+        """Say how data on disk differs from what the ref names, or return None."""
+        if self.key and snapshot.content_hash == self.key.content_hash:
+            return None
+        faults = [_fault(snapshot, *found) for found in differences(snapshot, self.objects())]
+        if self.key:
+            if not len(snapshot):
+                return "no objects are there; a lifecycle rule may have deleted them"
+            faults += self._unlike_uploaded(snapshot) + self._unlike_receipt(snapshot)
+            faults.append(f"its content hash is {snapshot.content_hash}")
+        elif not len(snapshot) and not faults:
+            return "no objects are there"
+        return "; ".join(faults[:5]) or None
+
+    def _unlike_uploaded(self, snapshot: Snapshot) -> list[str]:
+        """Name files that differ from the digest which their uploader attached."""
+        attached = {path: info.digest for path, info in self.objects()}
+        faults = []
+        for file in snapshot.records():
+            digest = attached.get(file.path.encode())
+            if digest is None and any(attached.values()):
+                faults.append(f"{file.path} was not uploaded with the rest (an extra object?)")
+            elif digest not in (None, file.digest.hex()):
+                faults.append(f"{file.path} is not the file that was hashed")
+        return faults
+
+    def _unlike_receipt(self, snapshot: Snapshot) -> list[str]:
+        assert self.key is not None  # noqa: S101 - for the type checker; only called with a key
+        body = self.store.read(self.key.marker_name)
+        receipt = parse_marker(body, self.key) if body else None
+        if receipt is None or (receipt.files, receipt.total_bytes) == (
+            len(snapshot),
+            snapshot.total_bytes,
+        ):
+            return []
+        return [
+            f"its marker says {receipt.files} files with {receipt.total_bytes} bytes, found "
+            f"{len(snapshot)} with {snapshot.total_bytes}"
+        ]
+
+
+def _fault(snapshot: Snapshot, index: int | None, info: ObjectInfo | None) -> str:
+    if index is None:
+        return f"{info.name if info else ''} is missing on disk"
+    path = snapshot.record(index).path
+    return f"{path} differs from its object" if info else f"{path} has no object"
+
+
+def _fetch(source: _Source, partial: str, final: str) -> str:
+    """Fill `final` through `partial`, a directory on the same file system; return `final`."""
+    os.makedirs(os.path.dirname(partial), exist_ok=True)
+    with _locked(partial):
+        if _is_taken(final):
+            problem = source.problem(take_snapshot(final))
+            if problem:
+                raise InvalidInputError(
+                    f"destination {final} holds something other than {source.ref.gcs_uri} "
+                    f"({problem}). Nothing was overwritten: choose another dest, or remove it."
+                )
+            _log.info("Reusing %s: it holds %s", final, source.ref.gcs_uri)
+            return final
+        progress = _download(source, partial)
+        whole = partial if source.ref.is_dir else os.path.join(partial, os.path.basename(final))
+        problem = source.problem(take_snapshot(whole))
+        if problem:
+            raise IntegrityError(
+                f"{source.ref.gcs_uri} is not what its ref names: {problem}. Nothing was left at "
+                f"{final}. Have the data uploaded again under a clean prefix."
+            )
+        if source.ref.is_dir:
+            os.chmod(partial, 0o777 & ~_umask())
+        _rename(whole, final)
+    _log.info(
+        "Materialized %s at %s: %d files (%s) in %.1f s",
+        source.ref.gcs_uri,
+        final,
+        progress.files,
+        format_bytes(progress.bytes),
+        progress.seconds,
+    )
+    return final
+
+
+def _download(source: _Source, folder: str) -> Progress:
+    progress = Progress(_log, f"Downloading {source.ref.gcs_uri}")
+    made = {folder}
+
+    def downloads(batch: list[tuple[bytes, ObjectInfo]]) -> Iterator[Download]:
+        for relative, info in batch:
+            check_relative_path(relative, "")
+            path = os.path.join(folder, relative.decode())
+            parent = os.path.dirname(path)
+            if parent not in made:
+                os.makedirs(parent, exist_ok=True)
+                made.add(parent)
+            yield Download(info, path)
+
+    objects = source.objects()
+    while batch := list(islice(objects, _BATCH)):
+        source.store.download(downloads(batch), lambda done: progress.add(1, done.info.size))
+    return progress
+
+
+@contextmanager
+def _locked(directory: str) -> Iterator[None]:
+    """Own an empty directory of mode 0700; remove it at the end unless it was renamed away."""
+    while True:
+        with suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.info("Waiting for another process that is filling %s", directory)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _is_at(descriptor, directory):
+                continue  # the other process renamed or removed it
+            for name in os.listdir(directory):
+                _remove(os.path.join(directory, name))
+            try:
+                yield
+            finally:
+                if _is_at(descriptor, directory):
+                    shutil.rmtree(directory)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
+
+
+def _rename(source: str, final: str) -> None:
+    try:
+        os.rename(source, final)
+    except OSError as exc:
+        if exc.errno in (errno.EBUSY, errno.EXDEV):
+            raise InvalidInputError(
+                f"destination {final} is a mount point, which cannot be put in place as a whole. "
+                "Choose a directory inside it."
+            ) from exc
+        raise
+
+
+def _is_taken(path: str) -> bool:
+    """Whether something other than an empty directory is at `path`."""
+    if not os.path.lexists(path):
+        return False
+    return os.path.islink(path) or not os.path.isdir(path) or bool(os.listdir(path))
+
+
+def _holds_directory(path: str, content_hash: str) -> bool:
+    path = os.path.abspath(path)
+    return os.path.isdir(path) and take_snapshot(path).content_hash == content_hash
+
+
+def _default_dest(name: str) -> str:
+    """Return a directory called `name` in a place that belongs to this user alone."""
+    base = os.path.join(tempfile.gettempdir(), f"keras-remote-data-{os.getuid()}")
+    with suppress(FileExistsError):
+        os.mkdir(base, 0o700)
+    found = os.lstat(base)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise InvalidInputError(
+            f"{base} is not a directory that only this user can open: remove it, or name a dest"
+        )
+    return os.path.join(base, name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

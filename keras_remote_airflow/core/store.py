@@ -1,0 +1,586 @@
+"""Objects in one bucket: what the cache asks of a store, and Cloud Storage's answer.
+
+Nothing here overwrites or deletes: every write is create-only (`ifGenerationMatch=0`) and declares
+the CRC32C that was taken when the data was hashed, so Cloud Storage refuses bytes that are not the
+hashed ones. "Precondition failed" is answered by comparing size and CRC32C with what is there:
+equal means that a concurrent uploader, or an earlier attempt whose answer was lost, was first.
+
+Requests: https://cloud.google.com/storage/docs/json_api/v1/objects
+"""
+
+import asyncio
+import base64
+import json
+import logging
+import mimetypes
+import os
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from urllib.parse import quote, urlencode
+
+import google_crc32c
+
+from keras_remote_airflow.core.errors import (
+    ConflictError,
+    DataChangedError,
+    IntegrityError,
+    StoreError,
+)
+from keras_remote_airflow.core.project import resolve_project
+from keras_remote_airflow.core.transport import RetryableError, RetryPolicy, Transport
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+# Custom metadata that carries a file's digest (see core.hashing), hex.
+DIGEST_KEY = "keras-remote-digest"
+
+# Up to this size a file travels in one request, above in a resumable session.
+_SINGLE_REQUEST = 8 << 20
+# Files up to this size are read whole; larger ones pass through in pieces of this size. It is a
+# multiple of 256 KiB, as upload sessions commit (https://cloud.google.com/storage/docs/resumable-uploads).
+_PIECE = 1 << 20
+# What one streamed transfer keeps in memory: a piece here, and about as much in socket buffers.
+_STREAMING = 2 * _PIECE
+_CRC32C_HEADER = re.compile(r"crc32c=([A-Za-z0-9+/=]+)")
+# Downloads whose bytes disagree with their checksum are fetched anew this often.
+_MAX_CORRUPT = 5
+
+
+class ObjectInfo(NamedTuple):
+    """One object as a listing shows it.
+
+    Attributes:
+        name: in the bucket.
+        size: bytes.
+        crc32c: of the content.
+        generation: which version of the object this is.
+        digest: the file digest that the uploader attached, hex, or None.
+    """
+
+    name: str
+    size: int
+    crc32c: int
+    generation: int
+    digest: str | None = None
+
+
+class Page(NamedTuple):
+    """One page of a listing, in the byte order of the names; the last has no next token."""
+
+    objects: list[ObjectInfo]
+    next_token: str | None
+
+
+class Upload(NamedTuple):
+    """A local file to store.
+
+    Attributes:
+        path: the local file.
+        name: the object's name.
+        size: bytes when it was hashed.
+        mtime_ns: its modification time then.
+        crc32c: of its content then.
+        digest: its file digest, raw.
+    """
+
+    path: str
+    name: str
+    size: int
+    mtime_ns: int
+    crc32c: int
+    digest: bytes
+
+
+class Download(NamedTuple):
+    """An object to fetch into `path`, a file that does not exist yet."""
+
+    info: ObjectInfo
+    path: str
+
+
+class ObjectStore(Protocol):
+    """What the cache needs of a bucket. Every method raises StoreError when the store refuses."""
+
+    bucket: str
+
+    def read(self, name: str) -> bytes | None:
+        """Return a small object's content, or None if there is no such object."""
+
+    def list_page(self, prefix: str, token: str | None = None) -> Page:
+        """Return one page of the objects whose names begin with `prefix`."""
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Store a small object unless the name is taken; return whether it was stored."""
+
+    def upload(self, uploads: Iterable[Upload], done: Callable[[Upload, bool], None]) -> None:
+        """Store files concurrently; objects that hold the same bytes already are left alone.
+
+        Args:
+            uploads: consumed as places become free, so it may be a generator over many.
+            done: called for each file, with whether it was sent (rather than found there).
+
+        Raises:
+            DataChangedError: a file is not as it was hashed; it was not stored.
+            ConflictError: an object of that name holds other bytes.
+        """
+
+    def download(self, downloads: Iterable[Download], done: Callable[[Download], None]) -> None:
+        """Fetch objects concurrently into new files, checking size and CRC32C.
+
+        Raises:
+            IntegrityError: an object is gone, was replaced, or its bytes disagree with its
+                checksum time and again.
+        """
+
+
+def list_objects(store: ObjectStore, prefix: str) -> Iterator[ObjectInfo]:
+    """Yield every object whose name begins with `prefix`, in the byte order of the names."""
+    token = None
+    while True:
+        page = store.list_page(prefix, token)
+        yield from page.objects
+        token = page.next_token
+        if token is None:
+            return
+
+
+@contextmanager
+def open_store(
+    bucket: str, client: Any = None, project: str | None = None, retry: RetryPolicy | None = None
+) -> Iterator[ObjectStore]:
+    """Open a bucket on Cloud Storage, and close its connections afterwards.
+
+    Args:
+        bucket: bare name of the bucket.
+        client: google.cloud.storage.Client whose credentials and endpoint to use; None makes one
+            from the environment (application default credentials, `STORAGE_EMULATOR_HOST`).
+        project: project id for a client made here; None takes the environment's.
+        retry: when to retry; None takes the defaults.
+    """
+    if client is None:
+        from google.cloud import storage
+
+        # google.cloud.storage has no types.
+        client = storage.Client(project=resolve_project(project))  # type: ignore[no-untyped-call]
+    with Transport(client, retry or RetryPolicy()) as transport:
+        yield GcsStore(bucket, transport)
+
+
+class GcsStore:
+    """An `ObjectStore` on Cloud Storage's JSON API.
+
+    Args:
+        bucket: bare name of the bucket.
+        transport: an open transport.
+    """
+
+    def __init__(self, bucket: str, transport: Transport) -> None:
+        self.bucket = bucket
+        self._transport = transport
+        self._objects = f"/storage/v1/b/{quote(bucket, safe='')}/o"
+        self._create = f"/upload{self._objects}?" + urlencode(
+            {"ifGenerationMatch": 0, "fields": "generation"}
+        )
+
+    def _uri(self, name: str) -> str:
+        return f"gs://{self.bucket}/{name}"
+
+    def _object(self, name: str, **query: object) -> str:
+        return f"{self._objects}/{quote(name, safe='')}?{urlencode(query)}"
+
+    # Small objects and listings
+
+    def read(self, name: str) -> bytes | None:
+        what = f"reading {self._uri(name)}"
+        url = self._object(name, alt="media")
+
+        async def attempt() -> tuple[int, bytes]:
+            async with self._transport.request(what, "GET", url, expected=(200, 404)) as response:
+                body = await response.read()
+                declared = _CRC32C_HEADER.search(
+                    ",".join(response.headers.getall("x-goog-hash", ()))
+                )
+                if declared and _decode(declared[1]) != google_crc32c.value(body):
+                    raise RetryableError("its bytes disagree with the x-goog-hash sent along")
+                return response.status, body
+
+        status, body = self._transport.run(self._transport.retrying(what, 0, attempt))
+        if status == 200:
+            return body
+        # Cloud Storage tells a missing bucket from a missing object by its words alone.
+        if b"bucket does not exist" in body:
+            raise StoreError(
+                f"bucket {self.bucket} does not exist: check its name, or create it.", status=404
+            )
+        return None
+
+    def list_page(self, prefix: str, token: str | None = None) -> Page:
+        query = {
+            "prefix": prefix,
+            "fields": "items(name,size,crc32c,generation,metadata),nextPageToken",
+            **({"pageToken": token} if token else {}),
+        }
+        _, body = self._transport.run(
+            self._transport.call(
+                f"listing {self._uri(prefix)}", "GET", f"{self._objects}?{urlencode(query)}"
+            )
+        )
+        page = json.loads(body)
+        return Page([_info(item) for item in page.get("items", ())], page.get("nextPageToken"))
+
+    def create(self, name: str, content: bytes) -> bool:
+        declared = {"name": name, "crc32c": _encode(google_crc32c.value(content))}
+        headers, data = _multipart(declared, "application/json", content)
+        status, _ = self._transport.run(
+            self._transport.call(
+                f"creating {self._uri(name)}",
+                "POST",
+                self._create + "&uploadType=multipart",
+                expected=(200, 412),
+                headers=headers,
+                data=data,
+            )
+        )
+        return status == 200
+
+    # Uploads
+
+    def upload(self, uploads: Iterable[Upload], done: Callable[[Upload, bool], None]) -> None:
+        async def one(upload: Upload) -> None:
+            send = self._send_whole if upload.size <= _SINGLE_REQUEST else self._send_resumable
+            done(upload, await send(upload))
+
+        self._transport.run(self._concurrently(uploads, one))
+
+    async def _concurrently(
+        self, items: Iterable[_T], work: Callable[[_T], Awaitable[None]]
+    ) -> None:
+        """Await `work` for every item, concurrently; the first error wins."""
+        waiting = iter(items)
+
+        async def worker() -> None:
+            for item in waiting:
+                await work(item)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._transport.concurrency):
+                    group.create_task(worker())
+        except BaseExceptionGroup as group_error:
+            raise group_error.exceptions[0] from None
+
+    async def _send_whole(self, upload: Upload) -> bool:
+        """Send a file in one multipart request; return False if the object was there."""
+        what = f"uploading {upload.path} to {self._uri(upload.name)}"
+        declared = _declared(upload)
+        kind = _content_type(upload.name)
+
+        async def attempt() -> int:
+            with _Source(upload) as source:
+                data: bytes | AsyncIterator[bytes]
+                if upload.size <= _PIECE:
+                    headers, data = _multipart(declared, kind, source.read(0, upload.size))
+                else:
+                    headers, head, tail = _multipart_frame(declared, kind)
+                    headers["Content-Length"] = str(len(head) + upload.size + len(tail))
+                    data = _framed(head, source.pieces(0), tail)
+                return await self._put(
+                    what, "POST", self._create + "&uploadType=multipart", upload, headers, data
+                )
+
+        size = min(upload.size, _STREAMING)
+        return await self._settle(upload, await self._transport.retrying(what, size, attempt))
+
+    async def _send_resumable(self, upload: Upload) -> bool:
+        """Send a large file through an upload session, going on where a broken attempt ended."""
+        what = f"uploading {upload.path} to {self._uri(upload.name)}"
+        session: str | None = None
+        committed = 0
+
+        async def attempt() -> int:
+            nonlocal session, committed
+            with _Source(upload) as source:
+                if session is None:
+                    session = await self._open_session(what, upload)
+                    if session is None:
+                        return 412
+                else:
+                    status, committed = await self._committed(what, session, upload)
+                    if status != 308:
+                        if status in (
+                            404,
+                            410,
+                        ):  # the session is gone: the next attempt opens another
+                            session, committed = None, 0
+                            raise RetryableError("the upload session expired", status)
+                        return status
+                headers = {
+                    "Content-Length": str(upload.size - committed),
+                    "Content-Range": f"bytes {committed}-{upload.size - 1}/{upload.size}",
+                }
+                return await self._put(
+                    what, "PUT", session, upload, headers, source.pieces(committed)
+                )
+
+        status = await self._transport.retrying(what, _STREAMING, attempt, lambda: committed)
+        return await self._settle(upload, status)
+
+    async def _open_session(self, what: str, upload: Upload) -> str | None:
+        headers = {
+            "Content-Type": "application/json; charset=UTF-8",
+            "X-Upload-Content-Type": _content_type(upload.name),
+            "X-Upload-Content-Length": str(upload.size),
+        }
+        async with self._transport.request(
+            what,
+            "POST",
+            self._create + "&uploadType=resumable",
+            expected=(200, 201, 412),
+            headers=headers,
+            data=json.dumps(_declared(upload)).encode(),
+        ) as response:
+            return response.headers["Location"] if response.status != 412 else None
+
+    async def _committed(self, what: str, session: str, upload: Upload) -> tuple[int, int]:
+        headers = {"Content-Range": f"bytes */{upload.size}", "Content-Length": "0"}
+        async with self._transport.request(
+            what, "PUT", session, expected=(200, 201, 308, 404, 410, 412), headers=headers
+        ) as response:
+            received = response.headers.get("Range", "")
+            return response.status, int(received.rpartition("-")[2]) + 1 if received else 0
+
+    async def _put(
+        self, what: str, method: str, url: str, upload: Upload, headers: dict[str, str], data: Any
+    ) -> int:
+        """Send the file's bytes once; return 200 for stored, 412 for already there."""
+        async with self._transport.request(
+            what, method, url, expected=(200, 201, 308, 400, 412), headers=headers, data=data
+        ) as response:
+            body = await response.read()
+            if response.status == 308:
+                raise RetryableError("the upload session holds only part of the file", 308)
+            if response.status != 400:
+                return response.status
+        # 400 is how Cloud Storage refuses bytes that are not the declared ones. Were they damaged
+        # on the way, or has the file changed? The disk knows.
+        if _crc32c_of(upload.path) != upload.crc32c:
+            raise _changed(upload, "its CRC32C differs from the one at hash time")
+        if b"crc32c" in body.lower() or b"checksum" in body.lower() or b"hash" in body.lower():
+            raise RetryableError("the bytes were damaged on the way (HTTP 400)", 400)
+        raise StoreError(f"{what}: HTTP 400 {body[:300].decode(errors='replace')}", status=400)
+
+    async def _settle(self, upload: Upload, status: int) -> bool:
+        """Answer "precondition failed": the same bytes are fine, any others a conflict."""
+        if status != 412:
+            return True
+        what = f"looking at {self._uri(upload.name)}"
+        url = self._object(upload.name, fields="name,size,crc32c,generation")
+        found, body = await self._transport.call(what, "GET", url, expected=(200, 404))
+        if found == 404:
+            raise StoreError(
+                f"{self._uri(upload.name)} was there and is gone: something deletes objects while "
+                "they are uploaded. Retry.",
+                status=412,
+                transient=True,
+            )
+        there = _info(json.loads(body))
+        if (there.size, there.crc32c) != (upload.size, upload.crc32c):
+            # Some servers answer 412 to a bad checksum too: look at the file before the object.
+            if _crc32c_of(upload.path) != upload.crc32c:
+                raise _changed(upload, "its CRC32C differs from the one at hash time")
+            raise conflict(self._uri(upload.name), upload.size, upload.crc32c, there)
+        return False
+
+    # Downloads
+
+    def download(self, downloads: Iterable[Download], done: Callable[[Download], None]) -> None:
+        async def one(download: Download) -> None:
+            await self._fetch(download)
+            done(download)
+
+        self._transport.run(self._concurrently(downloads, one))
+
+    async def _fetch(self, download: Download) -> None:
+        info = download.info
+        uri = self._uri(info.name)
+        what = f"downloading {uri}"
+        url = self._object(info.name, alt="media", generation=info.generation)
+        written = crc32c = corrupt = 0
+        descriptor = os.open(
+            download.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
+        )
+
+        async def attempt() -> None:
+            nonlocal written, crc32c, corrupt
+            headers = {"Range": f"bytes={written}-"} if written else {}
+            async with self._transport.request(
+                what, "GET", url, expected=(200, 206, 404, 416), headers=headers
+            ) as response:
+                if response.status == 404:
+                    raise IntegrityError(
+                        f"{uri} is gone or was replaced since it was listed (generation "
+                        f"{info.generation}). Retry; if it stays away, have the data uploaded anew."
+                    )
+                if response.status != 206:
+                    written = crc32c = 0
+                    os.ftruncate(descriptor, 0)
+                    os.lseek(descriptor, 0, os.SEEK_SET)
+                async for piece in response.content.iter_chunked(_PIECE):
+                    _write(descriptor, piece)
+                    crc32c = google_crc32c.extend(crc32c, piece)
+                    written += len(piece)
+            if (written, crc32c) != (info.size, info.crc32c):
+                found = f"{written} bytes with CRC32C {_encode(crc32c)}"
+                written, corrupt = info.size + 1, corrupt + 1  # asks for no range that exists
+                expected = f"{info.size} bytes with CRC32C {_encode(info.crc32c)}"
+                if corrupt >= _MAX_CORRUPT:
+                    raise IntegrityError(
+                        f"{uri} arrived {corrupt} times as {found}; its metadata says {expected}."
+                    )
+                raise RetryableError(f"arrived as {found}, expected {expected}")
+
+        try:
+            size = min(info.size, _STREAMING)
+            await self._transport.retrying(what, size, attempt, lambda: written)
+        finally:
+            os.close(descriptor)
+
+
+class _Source:
+    """A local file, open for one attempt and still the one that was hashed."""
+
+    def __init__(self, upload: Upload) -> None:
+        self._upload = upload
+
+    def __enter__(self) -> Self:
+        try:
+            self._descriptor = os.open(
+                self._upload.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+            )
+        except FileNotFoundError:
+            raise _changed(self._upload, "it is gone") from None
+        try:
+            self.check()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._descriptor)
+
+    def check(self) -> None:
+        now = os.fstat(self._descriptor)
+        if now.st_size != self._upload.size:
+            raise _changed(
+                self._upload, f"{self._upload.size} bytes at hash time, {now.st_size} bytes now"
+            )
+        if now.st_mtime_ns != self._upload.mtime_ns:
+            raise _changed(self._upload, "it was modified after it was hashed")
+
+    def read(self, start: int, size: int) -> bytes:
+        content = os.pread(self._descriptor, size, start)
+        if len(content) != size:
+            raise _changed(self._upload, "it is shorter than at hash time")
+        return content
+
+    async def pieces(self, start: int) -> AsyncIterator[bytes]:
+        """Yield the file from `start`; the last piece only if the file is still as it was."""
+        size = self._upload.size
+        while start < size:
+            piece = self.read(start, min(_PIECE, size - start))
+            start += len(piece)
+            if start == size:
+                self.check()
+            yield piece
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+async def _framed(head: bytes, pieces: AsyncIterator[bytes], tail: bytes) -> AsyncIterator[bytes]:
+    yield head
+    async for piece in pieces:
+        yield piece
+    yield tail
+
+
+def _multipart_frame(declared: dict[str, Any], kind: str) -> tuple[dict[str, str], bytes, bytes]:
+    """Return headers, and what goes before and after the content of a multipart upload."""
+    boundary = secrets.token_hex(16)
+    head = (
+        f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n"
+        f"{json.dumps(declared)}\r\n--{boundary}\r\nContent-Type: {kind}\r\n\r\n"
+    )
+    headers = {"Content-Type": f'multipart/related; boundary="{boundary}"'}
+    return headers, head.encode(), f"\r\n--{boundary}--\r\n".encode()
+
+
+def _multipart(declared: dict[str, Any], kind: str, content: bytes) -> tuple[dict[str, str], bytes]:
+    headers, head, tail = _multipart_frame(declared, kind)
+    return headers, head + content + tail
+
+
+def _declared(upload: Upload) -> dict[str, Any]:
+    return {
+        "name": upload.name,
+        "crc32c": _encode(upload.crc32c),
+        "metadata": {DIGEST_KEY: upload.digest.hex()},
+    }
+
+
+def _content_type(name: str) -> str:
+    return mimetypes.guess_type(name, strict=False)[0] or "application/octet-stream"
+
+
+def _info(item: dict[str, Any]) -> ObjectInfo:
+    return ObjectInfo(
+        item["name"],
+        int(item["size"]),
+        _decode(item["crc32c"]),
+        int(item["generation"]),
+        item.get("metadata", {}).get(DIGEST_KEY),
+    )
+
+
+def conflict(uri: str, size: int, crc32c: int, there: ObjectInfo) -> ConflictError:
+    return ConflictError(
+        f"{uri} holds other bytes than the data that belongs there: {there.size} bytes with CRC32C "
+        f"{_encode(there.crc32c)}, expected {size} bytes with {_encode(crc32c)}. Nothing was "
+        f"overwritten. Find out who wrote it; to clear it: gcloud storage rm '{uri}'"
+    )
+
+
+def _changed(upload: Upload, how: str) -> DataChangedError:
+    return DataChangedError(
+        f"{upload.path} changed while it was being uploaded ({how}); nothing was published. Retry "
+        "once nothing writes to it."
+    )
+
+
+def _crc32c_of(path: str) -> int | None:
+    """Return the CRC32C of a local file as it is now, or None if it is gone."""
+    crc32c = 0
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while chunk := file.read(_PIECE):
+                crc32c = google_crc32c.extend(crc32c, chunk)
+    except FileNotFoundError:
+        return None
+    return crc32c
+
+
+def _encode(crc32c: int) -> str:
+    """Return a CRC32C as Cloud Storage writes it: base64 of its four bytes, big-endian."""
+    return base64.b64encode(crc32c.to_bytes(4, "big")).decode()
+
+
+def _decode(crc32c: str) -> int:
+    return int.from_bytes(base64.b64decode(crc32c), "big")
