@@ -8,8 +8,9 @@ DEMO_DIR ?= .demo
 AIRFLOWS := 2.11 3.1 3.3
 NEWEST := $(lastword $(AIRFLOWS))
 UV = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv
-# The package with all its tools, for `uv pip install`.
-EVERYTHING := --editable '.[demo]' --group test --group lint
+# What `uv pip install` is to install.
+TESTED := --editable '.[demo]' --group test
+EVERYTHING := $(TESTED) --group lint
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all $(AIRFLOWS:%=test-%) lint lowest constraints $(AIRFLOWS:%=constraints-%) clean
@@ -37,10 +38,9 @@ lint: $(VENV)/.installed ## ruff and mypy
 	@$(VENV)/bin/python -m ruff format --check
 	@$(VENV)/bin/python -m mypy
 
-# The oldest versions pyproject.toml allows, on the oldest supported Airflow.
 lowest: $(VENV)/.uv ## run the suite with the lowest versions pyproject.toml allows
 	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-lowest
-	@$(UV) pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct $(EVERYTHING)
+	@$(UV) pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct $(TESTED)
 	@$(VENV)-lowest/bin/python -m pytest $(PYTEST_ARGS)
 
 constraints: $(AIRFLOWS:%=constraints-%) ## pin the newest versions again, for every Airflow line

@@ -155,8 +155,6 @@ def train_digits():
     ready = CacheSensor(
         task_id="wait",
         data_ref=upload.output,
-        bucket_name=BUCKET,
-        namespace_prefix=NAMESPACE,
         deferrable=True,
         poke_interval=10,
         timeout=600,

@@ -122,12 +122,12 @@ def main() -> int:
     started = time.monotonic()
     data, log = folder / "data", folder / "airflow.log"
     shutil.rmtree(data, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
     print(f"Everything Airflow says goes to {log}")
     try:
         with (
             StorageServer(buckets=[BUCKET]) as server,
-            _airflow(folder, server.url, log) as airflow,
+            _airflow(folder, server, log) as airflow,
         ):
             print("Preparing Airflow's database ...", flush=True)
             airflow.run("db", "migrate")
@@ -153,28 +153,23 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 @contextmanager
-def _airflow(folder: Path, server_url: str, log: Path) -> Iterator[Airflow]:
+def _airflow(folder: Path, server: StorageServer, log: Path) -> Iterator[Airflow]:
     # Nothing of the caller's own Airflow or cloud account takes part.
     environment = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("AIRFLOW", "GOOGLE_", "KERAS_", "CLOUDSDK_"))
     }
-    connection = {
-        "conn_type": "google_cloud_platform",
-        "extra": {"is_anonymous": True, "project": "demo"},
-    }
-    environment |= {
+    environment |= server.env() | {
         "AIRFLOW_HOME": str(folder / "airflow"),
         "AIRFLOW__CORE__DAGS_FOLDER": str(REPOSITORY / "dags"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",
-        "AIRFLOW_CONN_GOOGLE_CLOUD_DEFAULT": json.dumps(connection),
         "AIRFLOW_VAR_KERAS_REMOTE_BUCKET": BUCKET,
         "AIRFLOW_VAR_KERAS_REMOTE_DATA_DIR": str(folder / "data"),
-        "GOOGLE_CLOUD_PROJECT": "demo",
-        "NO_PROXY": "127.0.0.1,localhost",
-        "STORAGE_EMULATOR_HOST": server_url,
+        "TMPDIR": str(folder / "tmp"),  # training data is kept there between tasks
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
     }
     airflow = Airflow(environment, log)
     try:
