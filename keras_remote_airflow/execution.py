@@ -1,0 +1,45 @@
+"""What every task of this package does when it runs: borrow credentials, and fail as it should."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from keras_remote_airflow._compat import AirflowFailException, make_gcs_hook
+from keras_remote_airflow.core.errors import PERMANENT_ERRORS
+from keras_remote_airflow.core.project import resolve_project
+
+
+class Connection(NamedTuple):
+    """What `core` needs to talk to Cloud Storage.
+
+    Attributes:
+        client: google.cloud.storage.Client with an Airflow connection's credentials.
+        project: project id, or None if nobody named one.
+    """
+
+    client: Any
+    project: str | None
+
+
+def connect(
+    gcp_conn_id: str, impersonation_chain: str | Sequence[str] | None, project_id: str | None
+) -> Connection:
+    """Return the Cloud Storage client that an Airflow connection stands for.
+
+    Args:
+        gcp_conn_id: id of a Google Cloud connection.
+        impersonation_chain: service account to impersonate, or a chain of them whose last one is
+            impersonated; None leaves that to the connection.
+        project_id: project id; None takes the connection's, then the environment's.
+    """
+    hook = make_gcs_hook(gcp_conn_id=gcp_conn_id, impersonation_chain=impersonation_chain)
+    return Connection(hook.get_conn(), resolve_project(project_id, hook.project_id))
+
+
+@contextmanager
+def permanent_errors_fail_the_task() -> Iterator[None]:
+    """Raise AirflowFailException, which no retry follows, for errors that stay true."""
+    try:
+        yield
+    except PERMANENT_ERRORS as exc:
+        raise AirflowFailException(str(exc)) from exc
