@@ -19,8 +19,16 @@ from . import listing
 from .bodies import Spool
 from .faults import DENIABLE, Faults
 from .fields import parse_fields, select
-from .http import STREAM_ABOVE_BYTES, BadRequest, HttpRequest, Response, Sink, parse_head, reason
-from .multipart import boundary_of, split_parts
+from .http import (
+    STREAM_ABOVE_BYTES,
+    BadRequestError,
+    HttpRequest,
+    Response,
+    Sink,
+    parse_head,
+    reason,
+)
+from .multipart import RelatedReader, boundary_of, split_parts
 from .objects import (
     MAX_COMPOSE_SOURCES,
     SETTABLE,
@@ -67,15 +75,15 @@ class Api:
             return None
         query = request.query
         if "upload_id" in query:
-            if request.method != "PUT":
+            if request.method not in ("PUT", "POST"):
                 return None
             session = self._session(request)
             return None if session.finished is not None else session.begin(_range_of(request))
         length = request.headers.get("content-length")
         if length is None or int(length) > STREAM_ABOVE_BYTES:
             bucket = unquote(request.path.split("/")[5])
-            if query.get("uploadType") == "media" and bucket in self._store.buckets:
-                return self._store.spool(bucket)
+            if query.get("uploadType") in ("media", "multipart"):
+                return _Incoming(self, request, bucket)
         return None
 
     def serve(
@@ -85,51 +93,47 @@ class Api:
         try:
             return self._route(request, batch_call)
         except ApiError as exc:
-            if isinstance(request.sink, Spool):
-                request.sink.discard()
             return error_response(exc, plain=request.query.get("alt") == "media")
 
-    def _route(
+    def _route(  # noqa: C901 - a routing table is long, not complex
         self, request: HttpRequest, batch_call: Callable[[HttpRequest], Response] | None
     ) -> Response:
-        method, path = request.method, request.path
-        if path.startswith("/storage/v1/b"):
-            parts = [unquote(part) for part in path.split("/")[3:]]
-        elif path.startswith("/upload/storage/v1/b/"):
-            parts = [unquote(part) for part in path.split("/")[4:]]
-            if len(parts) == 3 and parts[2] == "o":
-                return self._upload(request, parts[1])
-        elif path.startswith("/download/storage/v1/b/"):
-            parts = [unquote(part) for part in path.split("/")[4:]]
-            if len(parts) == 4 and parts[2] == "o" and method in ("GET", "HEAD"):
-                return self._download(request, parts[1], parts[3])
-        elif path.rstrip("/") in ("/batch/storage/v1", "/batch") and method == "POST":
-            if batch_call is not None:
-                return _batch(request, batch_call)
-            raise invalid("A batch cannot contain a batch.")
-        else:
-            raise ApiError(404, "notFound", "Not Found")
-        if method == "HEAD":
-            method = "GET"
+        # Split before decoding: the name of an object may contain an encoded slash.
+        parts = [unquote(part) for part in request.path.split("/")[1:]]
+        method = "GET" if request.method == "HEAD" else request.method
         match parts:
-            case ["b"] | ["b", ""]:
+            case ["upload", "storage", "v1", "b", bucket, "o"]:
+                return self._upload(request, bucket)
+            case ["download", "storage", "v1", "b", bucket, "o", name] if method == "GET":
+                return self._download(request, bucket, name)
+            case ["batch", "storage", "v1"] if method == "POST":
+                if batch_call is None:
+                    raise invalid("A batch cannot contain a batch.")
+                return _batch(request, batch_call)
+            case ["storage", "v1", "b"] | ["storage", "v1", "b", ""]:
                 return self._buckets(request, method)
-            case ["b", bucket]:
+            case ["storage", "v1", "b", bucket]:
                 return self._bucket(request, method, bucket)
-            case ["b", bucket, "o"]:
-                if method == "GET":
-                    return self._list(request, bucket)
-            case ["b", bucket, "o", name]:
-                return self._object(request, method, bucket, name)
-            case ["b", bucket, "o", name, "compose"] if method == "POST":
-                return self._compose(request, bucket, name)
-            case ["b", source_bucket, "o", source, ("copyTo" | "rewriteTo") as verb, "b", bucket,
-                  "o", name] if method == "POST":  # fmt: skip
-                return self._copy(request, verb, source_bucket, source, bucket, name)
-            case ["b", bucket, "iam", *rest] if method == "GET":
+            case ["storage", "v1", "b", bucket, "iam", *rest] if method == "GET":
                 return self._iam(request, bucket, rest)
-        if parts[:1] == ["b"]:
-            raise ApiError(405, "methodNotAllowed", f"{method} is not supported here.")
+            case ["storage", "v1", "b", bucket, "o"] if method == "GET":
+                return self._list(request, bucket)
+            case ["storage", "v1", "b", bucket, "o", name]:
+                return self._object(request, method, bucket, name)
+            case ["storage", "v1", "b", bucket, "o", name, verb, *rest] if method == "POST":
+                return self._object_verb(request, bucket, name, verb, rest)
+        raise ApiError(404, "notFound", "Not Found")
+
+    def _object_verb(
+        self, request: HttpRequest, bucket: str, name: str, verb: str, rest: list[str]
+    ) -> Response:
+        match verb, rest:
+            case "compose", []:
+                return self._compose(request, bucket, name)
+            case "copyTo" | "rewriteTo", ["b", target_bucket, "o", target]:
+                return self._copy(request, verb, bucket, name, target_bucket, target)
+            case "moveTo", ["o", target]:
+                return self._move(request, bucket, name, target)
         raise ApiError(404, "notFound", "Not Found")
 
     # Buckets.
@@ -215,7 +219,7 @@ class Api:
         base_url = _base_url(request)
         wanted = tree.get("items") if tree and "*" not in tree else None
         if tree and "*" not in tree and wanted is None:
-            items = [{} for _ in page.names]
+            items: list[dict[str, Any]] = [{} for _ in page.names]
         else:
             keys = frozenset(wanted) if wanted else None
             items = [object_resource(bucket.objects[n], base_url, keys) for n in page.names]
@@ -299,26 +303,24 @@ class Api:
             raise invalid(f"Invalid upload request: {request.method} with uploadType {upload_type}")
         self._need("create")
         preconditions = Preconditions.from_query(query)
-        if upload_type == "media":
-            upload = Upload.from_resource(
-                {"contentType": request.headers.get("content-type")}, query
-            )
-            upload = upload.with_hashes(parse_hash_header(request.headers))
-            data = request.body
-        elif upload_type == "multipart":
-            upload, data = _related(request)
-        elif upload_type == "resumable":
+        if upload_type == "resumable":
             return self._initiate(request, bucket, preconditions)
-        else:
+        if upload_type not in ("media", "multipart"):
             raise invalid(f"Invalid value for uploadType: {upload_type!r}")
-        request.object_name = upload.name
-        # Before the bytes are spooled: a refused write should cost nothing.
-        self._store.check_put(bucket, upload.name, preconditions, self._overwrite)
-        spool = request.sink if isinstance(request.sink, Spool) else self._store.spool(bucket)
-        if request.sink is None:
-            spool.write(data)
+        incoming = request.sink
+        if not isinstance(incoming, _Incoming):
+            incoming = _Incoming(self, request, bucket)
+            incoming.write(request.body)
+        upload, spool = incoming.end()
         stored = self._store.put(bucket, upload, spool, preconditions, self._overwrite)
         return _json(request, object_resource(stored, _base_url(request)))
+
+    def open_upload(self, request: HttpRequest, bucket: str, upload: Upload) -> Spool:
+        """Where the bytes go, if the write would be allowed now: a refused one costs nothing."""
+        request.object_name = upload.name
+        preconditions = Preconditions.from_query(request.query)
+        self._store.check_put(bucket, upload.name, preconditions, self._overwrite)
+        return self._store.spool(bucket)
 
     def _initiate(
         self, request: HttpRequest, bucket: str, preconditions: Preconditions
@@ -364,7 +366,7 @@ class Api:
             if session.finished is None:
                 session.spool.discard()
             return Response(499)
-        if request.method != "PUT":
+        if request.method not in ("PUT", "POST"):  # gcsfs sends its chunks with POST
             raise ApiError(405, "methodNotAllowed", f"{request.method} is not supported here.")
         if session.finished is None:
             content_range = _range_of(request)
@@ -449,6 +451,23 @@ class Api:
         }
         return _json(request, answer)
 
+    def _move(self, request: HttpRequest, bucket: str, source_name: str, name: str) -> Response:
+        request.object_name = name
+        for permission in ("get", "create", "delete"):
+            self._need(permission)
+        check_name(name)
+        query = request.query
+        source = self._store.get(bucket, source_name)
+        Preconditions.from_query(query, "ifSource").check(source)
+        if name == source_name:
+            raise invalid("The source and destination object names must be different.")
+        upload = Upload(name, source.content_type, source.metadata, dict(source.settings))
+        stored = self._store.copy(
+            source, bucket, upload, Preconditions.from_query(query), self._overwrite
+        )
+        self._store.delete(bucket, source_name)
+        return _json(request, object_resource(stored, _base_url(request)))
+
     # Permissions.
 
     def _need(self, name: str) -> None:
@@ -458,6 +477,71 @@ class Api:
     @property
     def _overwrite(self) -> Literal["allow", "deny"]:
         return "deny" if "overwrite" in self._faults.denied else "allow"
+
+
+class _Incoming:
+    """A media or multipart upload on its way in."""
+
+    def __init__(self, api: Api, request: HttpRequest, bucket: str) -> None:
+        self._api = api
+        self._request = request
+        self._bucket = bucket
+        self._upload: Upload | None = None
+        self._spool: Spool | None = None
+        self._error: ApiError | None = None
+        self._reader: RelatedReader | None = None
+        headers = request.headers
+        content_type = headers.get("content-type")
+        try:
+            if request.query.get("uploadType") == "multipart":
+                self._reader = RelatedReader(boundary_of(content_type or ""), self._open)
+            else:
+                upload = Upload.from_resource({"contentType": content_type}, request.query)
+                self._begin(upload.with_hashes(parse_hash_header(headers)))
+        except ApiError as exc:
+            self._error = exc
+
+    def write(self, data: bytes) -> None:
+        if self._reader is not None:
+            self._reader.write(data)
+        elif self._spool is not None:
+            self._spool.write(data)
+
+    def end(self) -> tuple[Upload, Spool]:
+        """What was uploaded.
+
+        Raises:
+            ApiError: whatever was wrong with it; the bytes are gone.
+        """
+        try:
+            if self._error is not None:
+                raise self._error
+            if self._reader is not None:
+                self._reader.end()
+        except ApiError:
+            self.discard()
+            raise
+        if self._upload is None or self._spool is None:
+            raise invalid("The upload has no bytes.")
+        return self._upload, self._spool
+
+    def discard(self) -> None:
+        if self._spool is not None:
+            self._spool.discard()
+
+    def _open(self, metadata: bytes, headers: dict[str, str]) -> Spool:
+        """The media part of a multipart upload begins."""
+        upload = _checked_upload(_parse_json(metadata), self._request.query)
+        declared = {"x-goog-hash": self._request.headers.get("x-goog-hash", "")}
+        upload = upload.with_hashes(parse_hash_header(declared))
+        if upload.content_type is None:
+            upload = replace(upload, content_type=headers.get("content-type"))
+        return self._begin(upload)
+
+    def _begin(self, upload: Upload) -> Spool:
+        self._upload = upload
+        self._spool = self._api.open_upload(self._request, self._bucket, upload)
+        return self._spool
 
 
 class RangeError(ApiError):
@@ -601,23 +685,6 @@ def _changed(stored: StoredObject, body: dict[str, Any], *, keep: bool) -> dict[
     }
 
 
-def _related(request: HttpRequest) -> tuple[Upload, bytes]:
-    """The metadata and the bytes of a multipart upload."""
-    boundary = boundary_of(request.headers.get("content-type", ""))
-    parts = split_parts(request.body, boundary)
-    if len(parts) != 2:
-        raise invalid(f"Multipart uploads have a metadata part and a media part, not {len(parts)}.")
-    (_, metadata), (headers, data) = parts
-    upload = _checked_upload(_parse_json(metadata), request.query)
-    if "x-goog-hash" in request.headers:
-        upload = upload.with_hashes(
-            parse_hash_header({"x-goog-hash": request.headers["x-goog-hash"]})
-        )
-    if upload.content_type is None:
-        upload = replace(upload, content_type=headers.get("content-type"))
-    return upload, data
-
-
 def _range_of(request: HttpRequest) -> ContentRange | None:
     header = request.headers.get("content-range")
     return None if header is None else ContentRange.parse(header)
@@ -654,7 +721,7 @@ def _inner_request(content: bytes, host: str) -> HttpRequest:
     head, _, body = content.lstrip(b"\r\n").partition(b"\r\n\r\n")
     try:
         inner = parse_head(head.rstrip(b"\r\n"))
-    except BadRequest as exc:
+    except BadRequestError as exc:
         raise invalid(f"Failed to parse batch request: {exc}") from exc
     inner.body = body.rstrip()
     inner.body_bytes = len(inner.body)

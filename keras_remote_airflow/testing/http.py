@@ -30,7 +30,7 @@ _REASONS[499] = "Client Closed Request"
 _REASONS[308] = "Resume Incomplete"
 
 
-class BadRequest(Exception):
+class BadRequestError(Exception):
     """The bytes on the wire are not a request this server can read."""
 
 
@@ -124,27 +124,27 @@ def parse_head(head: bytes) -> HttpRequest:
     """Parse request line and headers (without the empty line).
 
     Raises:
-        BadRequest: the head is malformed.
+        BadRequestError: the head is malformed.
     """
     lines = head.decode("latin-1").split("\r\n")
     parts = lines[0].split(" ")
     if len(parts) != 3 or parts[2] not in ("HTTP/1.1", "HTTP/1.0"):
-        raise BadRequest(f"malformed request line {lines[0]!r}")
+        raise BadRequestError(f"malformed request line {lines[0]!r}")
     method, target, version = parts
     if target.startswith(("http://", "https://")):
         target = "/" + target.split("/", 3)[3] if target.count("/") >= 3 else "/"
     if not target.startswith("/"):
-        raise BadRequest(f"malformed request target {target!r}")
+        raise BadRequestError(f"malformed request target {target!r}")
     headers: dict[str, str] = {}
     for line in lines[1:]:
         name, colon, value = line.partition(":")
         if not colon or not name or name != name.strip():
-            raise BadRequest(f"malformed header line {line!r}")
+            raise BadRequestError(f"malformed header line {line!r}")
         name = name.lower()
         value = value.strip(" \t")
         if name in headers:
             if name in ("content-length", "transfer-encoding", "host"):
-                raise BadRequest(f"header {name} given twice")
+                raise BadRequestError(f"header {name} given twice")
             value = f"{headers[name]}, {value}"
         headers[name] = value
     if version == "HTTP/1.0":
@@ -159,15 +159,22 @@ def body_length(headers: dict[str, str]) -> int | None:
     length = headers.get("content-length")
     if encoding is not None:
         if length is not None:
-            raise BadRequest("both Content-Length and Transfer-Encoding")
+            raise BadRequestError("both Content-Length and Transfer-Encoding")
         if encoding.lower() != "chunked":
-            raise BadRequest(f"unsupported Transfer-Encoding {encoding!r}")
+            raise BadRequestError(f"unsupported Transfer-Encoding {encoding!r}")
         return None
     if length is None:
         return 0
     if not (length.isascii() and length.isdigit()):
-        raise BadRequest(f"malformed Content-Length {length!r}")
+        raise BadRequestError(f"malformed Content-Length {length!r}")
     return int(length)
+
+
+def _chunk_size(line: bytes) -> int:
+    digits = line.split(b";", 1)[0].strip()
+    if not digits or digits.strip(b"0123456789abcdefABCDEF"):
+        raise BadRequestError(f"malformed chunk size {line!r}")
+    return int(digits, 16)
 
 
 class Connection(asyncio.Protocol):
@@ -195,11 +202,12 @@ class Connection(asyncio.Protocol):
     # asyncio calls these.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        if not isinstance(transport, asyncio.Transport):
+            raise TypeError(f"not a stream transport: {transport!r}")
         self._transport = transport
         self._connections.add(self)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _exc: Exception | None) -> None:
         self._connections.discard(self)
         if self._timer is not None:
             self._timer.cancel()
@@ -260,7 +268,7 @@ class Connection(asyncio.Protocol):
                         return
                 elif not self._parse_chunked():
                     return
-        except BadRequest as exc:
+        except BadRequestError as exc:
             self._reject(exc)
         finally:
             self._parsing = False
@@ -272,7 +280,7 @@ class Connection(asyncio.Protocol):
         end = buffer.find(b"\r\n\r\n")
         if end < 0:
             if len(buffer) > MAX_HEAD_BYTES:
-                raise BadRequest("request head too large")
+                raise BadRequestError("request head too large")
             return False
         request = parse_head(bytes(buffer[:end]))
         length = body_length(request.headers)
@@ -285,9 +293,9 @@ class Connection(asyncio.Protocol):
         self._drop_after = self._app.begin(request)
         if "expect" in request.headers:
             if request.headers["expect"].lower() != "100-continue":
-                raise BadRequest("unsupported Expect header")
-            assert self._transport is not None
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                raise BadRequestError("unsupported Expect header")
+            if self._transport is not None:
+                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._chunked:
             return True
         taken = min(len(buffer), self._remaining)
@@ -304,44 +312,34 @@ class Connection(asyncio.Protocol):
     def _parse_chunked(self) -> bool:
         """Read one piece of a chunked body; False when more bytes are needed."""
         buffer = self._buffer
-        if self._in_chunk:
-            if self._remaining:
-                if not buffer:
-                    return False
-                data = bytes(buffer[: self._remaining])
-                del buffer[: len(data)]
-                self._remaining -= len(data)
+        if self._in_chunk and self._remaining:
+            data = bytes(buffer[: self._remaining])
+            del buffer[: len(data)]
+            self._remaining -= len(data)
+            if data:
                 self._take(data)
-                return True
+            return bool(data)
+        if self._in_chunk:
             if len(buffer) < 2:
                 return False
             if buffer[:2] != b"\r\n":
-                raise BadRequest("chunk does not end with CRLF")
+                raise BadRequestError("chunk does not end with CRLF")
             del buffer[:2]
             self._in_chunk = False
             return True
         end = buffer.find(b"\r\n")
         if end < 0:
             if len(buffer) > MAX_HEAD_BYTES:
-                raise BadRequest("chunk line too large")
+                raise BadRequestError("chunk line too large")
             return False
         line = bytes(buffer[:end])
         del buffer[: end + 2]
-        if self._in_trailer:
-            if not line:
-                self._complete()
-            return True
-        digits = line.split(b";", 1)[0].strip()
-        try:
-            if not digits or digits.lstrip(b"0123456789abcdefABCDEF"):
-                raise ValueError(digits)
-            self._remaining = int(digits, 16)
-        except ValueError as exc:
-            raise BadRequest(f"malformed chunk size {line!r}") from exc
-        if self._remaining == 0:
-            self._in_trailer = True
-        else:
-            self._in_chunk = True
+        if not self._in_trailer:
+            self._remaining = _chunk_size(line)
+            self._in_chunk = self._remaining > 0
+            self._in_trailer = self._remaining == 0
+        elif not line:
+            self._complete()
         return True
 
     def _take(self, data: bytes) -> None:
@@ -373,7 +371,7 @@ class Connection(asyncio.Protocol):
         self._answering = True
         self._send(request, self._app.respond(request))
 
-    def _reject(self, exc: BadRequest) -> None:
+    def _reject(self, exc: BadRequestError) -> None:
         request, self._request = self._request, None
         if request is not None:
             self._app.aborted(request)

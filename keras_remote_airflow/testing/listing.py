@@ -139,35 +139,26 @@ def decode_token(token: str) -> str:
     return text.removeprefix("after:")
 
 
+_GLOB_TOKENS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
 @functools.lru_cache(maxsize=64)
 def _glob_matcher(glob: str) -> Callable[[str], object] | None:
     """https://cloud.google.com/storage/docs/json_api/v1/objects/list#list-objects-and-prefixes-using-glob"""
     if not glob:
         return None
-    pattern = ""
     depth = 0
-    for token in re.findall(r"\*\*/?|\*|\?|\[[^\]]*\]|\\.|[{},]|.", glob, re.DOTALL):
-        if token == "**/":
-            pattern += "(?:.*/)?"
-        elif token == "**":
-            pattern += ".*"
-        elif token == "*":
-            pattern += "[^/]*"
-        elif token == "?":
-            pattern += "[^/]"
-        elif token == "{":
-            depth += 1
-            pattern += "(?:"
-        elif token == "}" and depth:
-            depth -= 1
-            pattern += ")"
-        elif token == "," and depth:
-            pattern += "|"
-        elif len(token) > 2 and token[0] == "[":
-            inside = token[1:-1].replace("\\", r"\\")
-            pattern += "[" + ("^" + inside[1:] if inside[0] == "!" else inside) + "]"
-        elif len(token) == 2 and token[0] == "\\":
-            pattern += re.escape(token[1])
+    pattern = ""
+    for token in re.findall(r"\*\*/?|\*|\?|\[[^\]]+\]|\\.|[{},]|.", glob, re.DOTALL):
+        if token in _GLOB_TOKENS:
+            pattern += _GLOB_TOKENS[token]
+        elif token == "{" or (token in "}," and depth):
+            depth += {"{": 1, "}": -1, ",": 0}[token]
+            pattern += {"{": "(?:", "}": ")", ",": "|"}[token]
+        elif len(token) > 1 and token[0] == "[":
+            negated = token[1] == "!"
+            inside = token[2 if negated else 1 : -1].replace("\\", r"\\")
+            pattern += f"[{'^' if negated else ''}{inside}]"
         else:
-            pattern += re.escape(token)
+            pattern += re.escape(token[-1])
     return re.compile(pattern, re.DOTALL).fullmatch

@@ -246,7 +246,8 @@ class Store:
             raise ApiError(
                 409,
                 "conflict",
-                "Your previous request to create the named bucket succeeded and you already own it.",
+                "Your previous request to create the named bucket succeeded and you already own "
+                "it.",
             )
         now = self._now()
         bucket = Bucket(name, dict(settings or {}), created=now, updated=now)

@@ -88,9 +88,8 @@ class StorageServer:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        assert self._loop is not None
-        assert self._stopping is not None
-        self._loop.call_soon_threadsafe(self._stopping.set)
+        if self._loop is not None and self._stopping is not None:
+            self._loop.call_soon_threadsafe(self._stopping.set)
         thread.join()
 
     def __enter__(self) -> StorageServer:
