@@ -28,6 +28,7 @@ from keras_remote_airflow.core.layout import (
 )
 from keras_remote_airflow.core.progress import Progress, format_bytes
 from keras_remote_airflow.core.store import ObjectStore, Upload, list_objects, open_store
+from keras_remote_airflow.core.transport import RetryPolicy
 
 _log = logging.getLogger(__name__)
 
@@ -102,13 +103,21 @@ def upload_data(
     client: Any = None,
     layout: str = "keras_remote",
     verify: str = "page",
+    retry: RetryPolicy | None = None,
 ) -> str:
     """Make sure that `data` is on Cloud Storage and return its `gs://` URI.
 
     See `upload`, which also tells what it did.
     """
     result = upload(
-        bucket_name, data, project, namespace_prefix, client=client, layout=layout, verify=verify
+        bucket_name,
+        data,
+        project,
+        namespace_prefix,
+        client=client,
+        layout=layout,
+        verify=verify,
+        retry=retry,
     )
     return result.gcs_uri
 
@@ -122,6 +131,7 @@ def upload(
     client: Any = None,
     layout: str = "keras_remote",
     verify: str = "page",
+    retry: RetryPolicy | None = None,
 ) -> UploadResult:
     """Make sure that `data` is on Cloud Storage, uploading what is not there yet.
 
@@ -139,6 +149,8 @@ def upload(
         layout: "keras_remote" or "kinetic", see `core.layout`.
         verify: how much of the listing a hit is checked against: "page" (the first 1,000 objects,
             one request) or "full".
+        retry: when to try a failed request again and when to give up; None takes the defaults of
+            `core.transport.RetryPolicy`.
 
     Returns:
         Where the data is and what was done.
@@ -148,7 +160,7 @@ def upload(
         DataChangedError: the data changed meanwhile; nothing was published.
         ConflictError: objects under the hash hold other bytes.
         MarkerError: the marker cannot be read.
-        StoreError: Cloud Storage refused, or kept failing for 120 s.
+        StoreError: Cloud Storage refused, or kept failing until the deadline (120 s).
     """
     started = time.monotonic()
     check_bucket(bucket_name)
@@ -165,7 +177,7 @@ def upload(
     key = CacheKey(bucket_name, namespace_prefix, snapshot.content_hash, chosen_layout)
     _check_names(snapshot, key)
     sent = Progress(_log, f"Uploading to {key.gcs_uri}", len(snapshot), snapshot.total_bytes)
-    with open_store(bucket_name, client, project) as store:
+    with open_store(bucket_name, client, project, retry) as store:
         hit = lookup(store, key, snapshot=snapshot, verify=verify) is not None
         if not hit:
             _warn_if_large(snapshot)
@@ -203,6 +215,7 @@ def find(
     client: Any = None,
     layout: str = "keras_remote",
     verify: str = "page",
+    retry: RetryPolicy | None = None,
 ) -> CacheEntry | None:
     """Return the dataset published under `content_hash`, or None while there is none.
 
@@ -213,7 +226,7 @@ def find(
     """
     key = CacheKey(bucket_name, namespace_prefix, content_hash, get_layout(layout))
     _check_verify(verify)
-    with open_store(bucket_name, client, project) as store:
+    with open_store(bucket_name, client, project, retry) as store:
         return lookup(store, key, verify=verify)
 
 

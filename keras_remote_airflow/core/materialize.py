@@ -41,6 +41,7 @@ from keras_remote_airflow.core.store import (
     list_objects,
     open_store,
 )
+from keras_remote_airflow.core.transport import RetryPolicy
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,12 @@ _BATCH = 10_000
 
 
 def materialize(
-    ref: object, dest: str | None = None, *, client: Any = None, project: str | None = None
+    ref: object,
+    dest: str | None = None,
+    *,
+    client: Any = None,
+    project: str | None = None,
+    retry: RetryPolicy | None = None,
 ) -> str:
     """Download the data that `ref` names, verify it, and return its local path.
 
@@ -66,6 +72,8 @@ def materialize(
             there already is verified and reused.
         client: google.cloud.storage.Client whose credentials and endpoint to use; None makes one.
         project: project id for the client made here; None takes `get_default_project()`.
+        retry: when to try a failed request again and when to give up; None takes the defaults of
+            `core.transport.RetryPolicy`.
 
     Returns:
         The absolute path of the directory, or of the file.
@@ -74,7 +82,7 @@ def materialize(
         InvalidInputError: a malformed ref, an object name that leads out of the destination, a
             destination that holds something else.
         IntegrityError: what is stored is not what the ref names; the destination is untouched.
-        StoreError: Cloud Storage refused, or kept failing for 120 s.
+        StoreError: Cloud Storage refused, or kept failing until the deadline (120 s).
         OSError: the destination cannot be written, or the disk is full.
     """
     parsed = parse_data_ref(ref)
@@ -83,7 +91,7 @@ def materialize(
     if key and parsed.is_dir and target and _holds_directory(target, key.content_hash):
         _log.info("Reusing %s: it holds %s", target, parsed.gcs_uri)
         return os.path.abspath(target)
-    with open_store(split_gcs_uri(parsed.gcs_uri)[0], client, project) as store:
+    with open_store(split_gcs_uri(parsed.gcs_uri)[0], client, project, retry) as store:
         source = _Source(store, parsed, key)
         target = os.path.abspath(target or _default_dest(source.fingerprint()))
         if parsed.is_dir:
