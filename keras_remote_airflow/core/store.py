@@ -409,45 +409,81 @@ class GcsStore:
         uri = self._uri(info.name)
         what = f"downloading {uri}"
         url = self._object(info.name, alt="media", generation=info.generation)
-        written = crc32c = corrupt = 0
-        descriptor = os.open(
-            download.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
-        )
+        with _Sink(download, uri) as sink:
 
-        async def attempt() -> None:
-            nonlocal written, crc32c, corrupt
-            headers = {"Range": f"bytes={written}-"} if written else {}
-            async with self._transport.request(
-                what, "GET", url, expected=(200, 206, 404, 416), headers=headers
-            ) as response:
-                if response.status == 404:
-                    raise IntegrityError(
-                        f"{uri} is gone or was replaced since it was listed (generation "
-                        f"{info.generation}). Retry; if it stays away, have the data uploaded anew."
-                    )
-                if response.status != 206:
-                    written = crc32c = 0
-                    os.ftruncate(descriptor, 0)
-                    os.lseek(descriptor, 0, os.SEEK_SET)
-                async for piece in response.content.iter_chunked(_PIECE):
-                    _write(descriptor, piece)
-                    crc32c = google_crc32c.extend(crc32c, piece)
-                    written += len(piece)
-            if (written, crc32c) != (info.size, info.crc32c):
-                found = f"{written} bytes with CRC32C {_encode(crc32c)}"
-                written, corrupt = info.size + 1, corrupt + 1  # asks for no range that exists
-                expected = f"{info.size} bytes with CRC32C {_encode(info.crc32c)}"
-                if corrupt >= _MAX_CORRUPT:
-                    raise IntegrityError(
-                        f"{uri} arrived {corrupt} times as {found}; its metadata says {expected}."
-                    )
-                raise RetryableError(f"arrived as {found}, expected {expected}")
+            async def attempt() -> None:
+                headers = {"Range": f"bytes={sink.size}-"} if sink.size else {}
+                async with self._transport.request(
+                    what, "GET", url, expected=(200, 206, 404, 416), headers=headers
+                ) as response:
+                    if response.status == 416:
+                        sink.restart()
+                        raise RetryableError("the rest of it is not to be had", 416)
+                    if response.status == 404:
+                        raise IntegrityError(
+                            f"{uri} is gone or was replaced since it was listed (generation "
+                            f"{info.generation}). Retry; if it stays away, have the data uploaded "
+                            "again."
+                        )
+                    if response.status == 200:
+                        sink.restart()
+                    async for piece in response.content.iter_chunked(_PIECE):
+                        sink.add(piece)
+                sink.check()
 
-        try:
             size = min(info.size, _STREAMING)
-            await self._transport.retrying(what, size, attempt, lambda: written)
-        finally:
-            os.close(descriptor)
+            await self._transport.retrying(what, size, attempt, lambda: sink.size)
+
+
+class _Sink:
+    """The file that a download fills, and what has arrived of it so far."""
+
+    def __init__(self, download: Download, uri: str) -> None:
+        self.size = 0
+        self._crc32c = 0
+        self._corrupt = 0
+        self._info = download.info
+        self._uri = uri
+        self._path = download.path
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def restart(self) -> None:
+        """Forget what has arrived."""
+        self.size = self._crc32c = 0
+        if self._descriptor is None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._descriptor = os.open(self._path, flags, 0o666)
+        else:
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+            os.ftruncate(self._descriptor, 0)
+
+    def add(self, piece: bytes) -> None:
+        assert self._descriptor is not None  # noqa: S101 - a response begins with restart()
+        _write(self._descriptor, piece)
+        self._crc32c = google_crc32c.extend(self._crc32c, piece)
+        self.size += len(piece)
+
+    def check(self) -> None:
+        """Raise unless the bytes are those of the object: for another attempt, a few times."""
+        if (self.size, self._crc32c) == (self._info.size, self._info.crc32c):
+            return
+        found = f"{self.size} bytes with CRC32C {_encode(self._crc32c)}"
+        expected = f"{self._info.size} bytes with CRC32C {_encode(self._info.crc32c)}"
+        self.restart()
+        self._corrupt += 1
+        if self._corrupt >= _MAX_CORRUPT:
+            raise IntegrityError(
+                f"{self._uri} arrived {self._corrupt} times as {found}; its metadata says "
+                f"{expected}."
+            )
+        raise RetryableError(f"arrived as {found}, expected {expected}")
 
 
 class _Source:
