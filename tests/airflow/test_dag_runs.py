@@ -1,0 +1,184 @@
+"""Whole DAG runs: real tasks, real XComs, the trigger in line, a local Cloud Storage."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from keras_remote_airflow.core.data import Data
+from keras_remote_airflow.testing import Fault
+
+DAGS = Path(__file__).parent / "dags"
+REF_KEYS = {"__data_ref__", "gcs_uri", "is_dir", "mount_path"}
+
+
+@pytest.fixture
+def data(tmp_path):
+    root = tmp_path / "train"
+    (root / "sub").mkdir(parents=True)
+    (root / "train.csv").write_text("t")
+    (root / "sub" / "eval.csv").write_text("e")
+    return root
+
+
+@pytest.fixture
+def late_data(tmp_path):
+    path = tmp_path / "late.csv"
+    path.write_text("late")
+    return path
+
+
+def test_upload_wait_and_use(run_dag, gcs_server, data, late_data):
+    content_hash = Data(str(data)).content_hash()
+    late_hash = Data(str(late_data)).content_hash()
+    # The upload itself asks first; then each of the three sensors is told twice that it is not
+    # there, so that "deferred" looks once in the worker and once in the trigger in vain.
+    for first in (2, 5, 8):
+        gcs_server.add_fault(
+            Fault(
+                method="GET",
+                path=f"{late_hash}/.cache_marker.*alt=media",
+                nth=first,
+                times=2,
+                status=404,
+            )
+        )
+    run = run_dag(
+        DAGS / "journeys.py",
+        "journeys",
+        **gcs_server.env(),
+        TEST_DATA=str(data),
+        TEST_LATE_DATA=str(late_data),
+        TEST_CONTENT_HASH=content_hash,
+    )
+    assert set(run.states.values()) == {"success"}, (run.states, run.log)
+
+    gcs_uri = f"gs://test-bucket/default/data-cache/{content_hash}"
+    ref = {"__data_ref__": True, "gcs_uri": gcs_uri, "is_dir": True, "mount_path": "/data"}
+    assert run.xcoms["miss"]["return_value"] == ref
+    assert run.xcoms["miss"].items() >= ref.items()
+    stats = run.xcoms["miss"]["upload_stats"]
+    assert stats.pop("seconds") >= 0
+    assert stats == {
+        "content_hash": content_hash,
+        "cache_hit": False,
+        "files": 2,
+        "bytes": 2,
+        "uploaded_files": 2,
+        "uploaded_bytes": 2,
+    }
+
+    stats = run.xcoms["hit"]["upload_stats"]
+    assert (stats["cache_hit"], stats["files"], stats["uploaded_files"]) == (True, 2, 0)
+    assert run.xcoms["hit"]["return_value"] == ref | {"mount_path": None}
+
+    kinetic = ref | {
+        "mount_path": None,
+        "uri": gcs_uri,
+        "fuse": False,
+        "hf_trust_remote_code": False,
+    }
+    assert run.xcoms["kinetic"]["return_value"] == kinetic
+    assert run.xcoms["kinetic"]["upload_stats"]["uploaded_files"] == 0, "both layouts share data"
+    assert f"default/data-markers/{content_hash}" in gcs_server.objects("test-bucket")
+
+    assert run.xcoms["gcs"]["return_value"]["gcs_uri"] == "gs://elsewhere/train/"
+    assert run.xcoms["gcs"]["return_value"]["is_dir"] is True
+    assert run.xcoms["gcs"]["upload_stats"]["content_hash"] is None
+
+    looks = [
+        request.status
+        for request in gcs_server.requests
+        if request.object_name == f"default/data-cache/{late_hash}/.cache_marker"
+        and request.method == "GET"
+    ]
+    assert looks == [404, *3 * [404, 404, 200]], "each mode looked as often as it had to"
+    waited = {task: _without_links(run.xcoms[task]) for task in ("poke", "reschedule", "deferred")}
+    late = ref | {"gcs_uri": f"gs://test-bucket/default/data-cache/{late_hash}", "is_dir": False}
+    assert waited["poke"] == late | {"return_value": late}
+    assert waited["reschedule"] == waited["poke"]
+    assert waited["deferred"] == waited["poke"]
+
+    for task in ("by_hash", "by_data", "by_repr", "by_json"):
+        assert run.xcoms[task]["return_value"] == ref, task
+    assert run.xcoms["by_kinetic"]["return_value"] == kinetic
+
+    assert run.xcoms["use"]["return_value"] == {"gcs_uri": gcs_uri, "ref": ref, "waited": False}
+
+
+def _without_links(xcoms):
+    """Airflow 3 keeps the URLs of extra links among the XComs."""
+    return {key: value for key, value in xcoms.items() if not key.startswith("_link_")}
+
+
+def test_failures_are_final_where_a_retry_would_not_help(run_dag, gcs_server, data):
+    empty_marker = "5" * 64
+    gcs_server.put("test-bucket", f"default/data-markers/{empty_marker}", b"")
+    gcs_server.put("test-bucket", f"default/data-cache/{empty_marker}/a", b"a")
+    run = run_dag(
+        DAGS / "failures.py",
+        "failures",
+        **gcs_server.env(),
+        TEST_DATA=str(data),
+        TEST_EMPTY_MARKER=empty_marker,
+    )
+    expected = {
+        "no_data": ("failed", 1),
+        "bad_bucket": ("failed", 1),
+        "no_bucket": ("failed", 3),  # somebody may create it: left to the task's retries
+        "bad_hash": ("failed", 1),
+        "bad_hash_skips": ("skipped", 1),
+        "bad_hash_deferrable_skips": ("skipped", 1),
+        "rendered_to_none": ("failed", 1),
+        "says_no_is_dir": ("failed", 1),
+        "poke_times_out": ("failed", 1),
+        "reschedule_times_out": ("failed", 1),
+        "deferred_times_out": ("failed", 1),
+        "poke_times_out_softly": ("skipped", 1),
+        "deferred_times_out_softly": ("skipped", 1),
+        "deferred_never_fails": ("skipped", 1),
+    }
+    outcome = {task: (state, run.tries[task]) for task, state in run.states.items()}
+    assert outcome == expected, run.log
+    assert "data path does not exist: /no/such/data" in run.log
+    assert "pass is_dir=True or is_dir=False" in run.log
+    assert "did not appear within 0.5 s" in run.log
+    assert not [request for request in gcs_server.requests if request.method == "POST"]
+
+
+def test_sigterm_stops_the_upload_and_a_retry_completes_it(run_dag, gcs_server, data, tmp_path):
+    gcs_server.add_fault(Fault(method="POST", path="eval.csv|uploadType", action="stall"))
+    go = tmp_path / "go"
+    at_kill = []
+
+    def kill_once_both_files_have_been_sent():
+        while not (at_kill or over.is_set()):
+            if len(gcs_server.objects("test-bucket")) == 2:
+                at_kill.extend(gcs_server.objects("test-bucket"))
+                go.touch()
+            over.wait(0.05)
+
+    over = threading.Event()
+    watcher = threading.Thread(target=kill_once_both_files_have_been_sent)
+    watcher.start()
+    try:
+        run = run_dag(
+            DAGS / "killed.py",
+            "killed",
+            timeout=50,  # the core itself would take a stalled request for lost after 60 s
+            **gcs_server.env(),
+            TEST_DATA=str(data),
+            TEST_GO=str(go),
+        )
+    finally:
+        over.set()
+        watcher.join()
+    assert at_kill, run.log
+    assert not any(name.endswith(".cache_marker") for name in at_kill)
+    # On Airflow 2 a kill ends dag.test() as well, so the retry is only left scheduled.
+    state = run.states["upload"], run.tries["upload"]
+    assert state in {("success", 2), ("up_for_retry", 1)}, run.log
+    if state[0] == "success":
+        assert run.xcoms["upload"]["upload_stats"]["uploaded_files"] == 0
+    else:
+        assert set(gcs_server.objects("test-bucket")) == set(at_kill)
