@@ -168,6 +168,7 @@ def _airflow(folder: Path, server: StorageServer, log: Path) -> Iterator[Airflow
         "AIRFLOW_VAR_KERAS_REMOTE_BUCKET": BUCKET,
         "AIRFLOW_VAR_KERAS_REMOTE_DATA_DIR": str(folder / "data"),
         "TMPDIR": str(folder / "tmp"),  # training data is kept there between tasks
+        "KERAS_HOME": str(folder / "keras"),
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
