@@ -7,6 +7,7 @@ memory or local files only.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import uuid
 from collections.abc import Callable, Mapping
@@ -51,6 +52,8 @@ from .resources import (
 )
 from .resumable import ContentRange, PlainError, Session, Transfer
 
+log = logging.getLogger(__name__)
+
 MAX_BATCH_CALLS = 100  # https://cloud.google.com/storage/docs/batch
 _JSON = {"Content-Type": "application/json; charset=UTF-8"}
 
@@ -68,6 +71,13 @@ class Api:
         self._store = store
         self._faults = faults
         self._sessions: dict[str, Session] = {}
+
+    def close(self) -> None:
+        """Drop unfinished uploads."""
+        for session in self._sessions.values():
+            if session.finished is None:
+                session.spool.discard()
+        self._sessions.clear()
 
     def open_sink(self, request: HttpRequest) -> Sink | None:
         """Where a body goes as it arrives: every resumable PUT, and large media uploads."""
@@ -94,6 +104,9 @@ class Api:
             return self._route(request, batch_call)
         except ApiError as exc:
             return error_response(exc, plain=request.query.get("alt") == "media")
+        except Exception:
+            log.exception("%s %s failed", request.method, request.decoded_target)
+            return error_response(ApiError(500, "internalError", "Internal error: see the log"))
 
     def _route(  # noqa: C901 - a routing table is long, not complex
         self, request: HttpRequest, batch_call: Callable[[HttpRequest], Response] | None
@@ -301,7 +314,6 @@ class Api:
         upload_type = query.get("uploadType")
         if request.method not in ("POST", "PUT") or upload_type is None:
             raise invalid(f"Invalid upload request: {request.method} with uploadType {upload_type}")
-        self._need("create")
         preconditions = Preconditions.from_query(query)
         if upload_type == "resumable":
             return self._initiate(request, bucket, preconditions)
@@ -318,6 +330,7 @@ class Api:
     def open_upload(self, request: HttpRequest, bucket: str, upload: Upload) -> Spool:
         """Where the bytes go, if the write would be allowed now: a refused one costs nothing."""
         request.object_name = upload.name
+        self._need("create")
         preconditions = Preconditions.from_query(request.query)
         self._store.check_put(bucket, upload.name, preconditions, self._overwrite)
         return self._store.spool(bucket)
@@ -325,6 +338,7 @@ class Api:
     def _initiate(
         self, request: HttpRequest, bucket: str, preconditions: Preconditions
     ) -> Response:
+        self._need("create")
         headers = request.headers
         upload = _checked_upload(_json_body(request), request.query)
         declared = {"x-goog-hash": headers.get("x-goog-hash", "")}
@@ -395,7 +409,9 @@ class Api:
         check_name(name)
         body = _json_body(request)
         listed = body.get("sourceObjects")
-        if not isinstance(listed, list) or not 1 <= len(listed) <= MAX_COMPOSE_SOURCES:
+        if not isinstance(listed, list) or not all(isinstance(i, dict) for i in listed):
+            raise invalid("Invalid value for sourceObjects.")
+        if not 1 <= len(listed) <= MAX_COMPOSE_SOURCES:
             raise invalid(
                 f"The number of source components provided must be 1 to {MAX_COMPOSE_SOURCES}."
             )
@@ -405,9 +421,10 @@ class Api:
             source = self._store.get(
                 bucket, item.get("name", ""), None if generation is None else str(generation)
             )
-            wanted = item.get("objectPreconditions", {}).get("ifGenerationMatch")
-            if wanted is not None:
-                Preconditions(generation_match=int(wanted)).check(source)
+            wanted = item.get("objectPreconditions") or {}
+            Preconditions.from_query({key: str(value) for key, value in wanted.items()}).check(
+                source
+            )
             sources.append(source)
         upload = _checked_upload({**body.get("destination", {}), "name": name}, {})
         stored = self._store.compose(
@@ -519,13 +536,13 @@ class _Incoming:
             if self._reader is not None:
                 self._reader.end()
         except ApiError:
-            self.discard()
+            self.abort()
             raise
         if self._upload is None or self._spool is None:
             raise invalid("The upload has no bytes.")
         return self._upload, self._spool
 
-    def discard(self) -> None:
+    def abort(self) -> None:
         if self._spool is not None:
             self._spool.discard()
 

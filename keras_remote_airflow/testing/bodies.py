@@ -76,6 +76,7 @@ class FileBody:
             nonlocal left
             with file:
                 file.seek(start)
+                yield b""
                 while left > 0:
                     piece = file.read(min(left, READ_BYTES))
                     if not piece:
@@ -83,7 +84,9 @@ class FileBody:
                     left -= len(piece)
                     yield piece
 
-        return pieces()
+        stream = pieces()
+        next(stream)  # from here on the file is closed with the generator, even if unread
+        return stream
 
     def discard(self) -> None:
         self.path.unlink(missing_ok=True)

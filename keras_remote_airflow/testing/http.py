@@ -39,6 +39,9 @@ class Sink(Protocol):
 
     def write(self, data: bytes) -> None: ...
 
+    def abort(self) -> None:
+        """The rest will not come."""
+
 
 @dataclass(slots=True)
 class HttpRequest:

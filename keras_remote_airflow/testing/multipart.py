@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable
 
-from .http import Sink
+from .bodies import Spool
 from .objects import ApiError, invalid
 
 # Metadata of at most 8 KiB of keys and values fits many times over:
@@ -47,13 +47,13 @@ class RelatedReader:
     """
 
     def __init__(
-        self, boundary: bytes, open_media: Callable[[bytes, dict[str, str]], Sink]
+        self, boundary: bytes, open_media: Callable[[bytes, dict[str, str]], Spool]
     ) -> None:
         self._boundary = boundary
         self._open_media = open_media
         self._buffer = bytearray()
         self._newline = b"\r\n"
-        self._media: Sink | None = None
+        self._media: Spool | None = None
         self._closed = False
         self._error: ApiError | None = None
 
@@ -117,7 +117,7 @@ class RelatedReader:
         end = self._buffer.find(newline * 2, at)
         return end, end + 2 * len(newline)
 
-    def _read_media(self, media: Sink) -> None:
+    def _read_media(self, media: Spool) -> None:
         buffer = self._buffer
         at = self._find_delimiter(0)
         if at >= 0:

@@ -17,6 +17,7 @@ from .folder import Folder
 from .listing import Names
 
 MAX_NAME_BYTES = 1024  # https://cloud.google.com/storage/docs/objects#naming
+MAX_METADATA_BYTES = 8 * 1024  # keys and values: https://cloud.google.com/storage/quotas#objects
 MAX_COMPOSE_SOURCES = 32  # https://cloud.google.com/storage/docs/composite-objects
 
 # https://cloud.google.com/storage/docs/buckets#naming
@@ -203,6 +204,12 @@ def custom_metadata(value: Any) -> dict[str, str] | None:
         return None
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise invalid(f"Invalid value for metadata: {value!r}")
+    try:
+        size = sum(len(key.encode()) + len(text.encode()) for key, text in value.items())
+    except UnicodeEncodeError as exc:
+        raise invalid("Custom metadata must be valid UTF-8.") from exc
+    if size > MAX_METADATA_BYTES:
+        raise invalid(f"Custom metadata of {size} bytes exceeds {MAX_METADATA_BYTES} bytes.")
     return dict(value) or None
 
 

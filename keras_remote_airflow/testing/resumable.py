@@ -57,7 +57,7 @@ class Transfer:
             self._skip -= skipped
             self._session.spool.write(data[skipped:] if skipped else data)
 
-    def interrupt(self) -> None:
+    def abort(self) -> None:
         """The request broke off: what arrived is kept down to a multiple of 256 KiB."""
         if self._current:
             self._session.transfer = None
@@ -139,7 +139,7 @@ class Session:
         """
         if content_range is None or content_range.first is not None:
             if self.transfer is not None:
-                self.transfer.interrupt()
+                self.transfer.abort()
             first = 0 if content_range is None else content_range.first or 0
         else:
             first = self.persisted

@@ -84,13 +84,14 @@ class StorageServer:
         return self
 
     def stop(self) -> None:
-        """Close every connection, stalled ones too, and end the thread."""
+        """Close every connection, stalled ones too, drop unfinished uploads, end the thread."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
         if self._loop is not None and self._stopping is not None:
             self._loop.call_soon_threadsafe(self._stopping.set)
         thread.join()
+        self._app.close()
 
     def __enter__(self) -> StorageServer:
         return self.start()
@@ -202,22 +203,20 @@ class _App:
         self._lock = server._lock
         self._api = Api(server._store, server._faults)
 
+    def close(self) -> None:
+        with self._lock:
+            self._api.close()
+
     def begin(self, request: HttpRequest) -> int | None:
-        fault = self._match(request)
-        request.fault = fault
+        fault = request.fault = self._match(request)
+        drop_after = None
         if fault is not None:
-            if fault.action == "drop_before" and fault.after_bytes is not None:
-                drop_after: int | None = fault.after_bytes
-            else:
-                drop_after = None
-            if fault.action == "status" and fault.status is not None:
+            if fault.action == "drop_before":
+                drop_after = fault.after_bytes
+            unread = fault.action == "drop_before" and drop_after is None
+            if unread or (fault.action == "status" and fault.status is not None):
                 request.sink = _Nowhere()
                 return None
-            if fault.action == "drop_before" and drop_after is None:
-                request.sink = _Nowhere()
-                return None
-        else:
-            drop_after = None
         try:
             with self._lock:
                 request.sink = self._api.open_sink(request)
@@ -240,11 +239,8 @@ class _App:
 
     def aborted(self, request: HttpRequest) -> None:
         with self._lock:
-            discard = getattr(request.sink, "interrupt", None) or getattr(
-                request.sink, "discard", None
-            )
-            if discard is not None:
-                discard()
+            if request.sink is not None:
+                request.sink.abort()
         self._log(request, None)
 
     def _answer(self, request: HttpRequest, fault: Fault | None) -> Response:
@@ -291,6 +287,9 @@ class _Nowhere:
     def write(self, data: bytes) -> None:
         """Drop it."""
 
+    def abort(self) -> None:
+        """Nothing to undo."""
+
 
 def _status_response(status: int) -> Response:
     return error_response(ApiError(status, "backendError", f"Injected status {status}"))
@@ -335,4 +334,7 @@ def environment(url: str) -> dict[str, str]:
             '{"conn_type": "google_cloud_platform", '
             '"extra": {"is_anonymous": true, "project": "test-project"}}'
         ),
+        # Otherwise gcsfs asks a gRPC service about each bucket's type, and gives up after a
+        # minute. It reads this when it is imported.
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
     }

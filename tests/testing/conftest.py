@@ -98,6 +98,14 @@ def call(server: StorageServer) -> Iterator[Caller]:
 
 
 @pytest.fixture
-def new_caller() -> Callable[[StorageServer], Caller]:
+def new_caller() -> Iterator[Callable[[StorageServer], Caller]]:
     """For tests that start a server, or open a second connection, of their own."""
-    return Caller
+    callers: list[Caller] = []
+
+    def make(server: StorageServer) -> Caller:
+        callers.append(Caller(server))
+        return callers[-1]
+
+    yield make
+    for caller in callers:
+        caller.connection.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from typing import Any
+from urllib.parse import quote
 
 import google_crc32c
 import pytest
@@ -59,8 +60,6 @@ def test_every_legal_name_is_stored_read_listed_and_deleted(call: Any, name: str
     assert call.media(name, name.encode()).json["name"] == name
     assert call.download(name).body == name.encode()
     assert [item["name"] for item in call("GET", "/storage/v1/b/demo/o").json["items"]] == [name]
-    from urllib.parse import quote
-
     assert call("DELETE", f"/storage/v1/b/demo/o/{quote(name, safe='')}").status == 204
     assert call.download(name).status == 404
 
@@ -138,9 +137,11 @@ def test_multipart_bytes_are_exact(
 ) -> None:
     boundary = b"=_x'y" if "=_x" in content_type else b"sep"
     body = newline.join(
-        [b"--" + boundary, b"Content-Type: application/json", b"", b'{"name": "m"}']
-        + [b"--" + boundary, b"Content-Type: application/octet-stream", b"", data]
-        + [b"--" + boundary + b"--"]
+        [
+            *[b"--" + boundary, b"Content-Type: application/json", b"", b'{"name": "m"}'],
+            *[b"--" + boundary, b"Content-Type: application/octet-stream", b"", data],
+            b"--" + boundary + b"--",
+        ]
     )
     path = "/upload/storage/v1/b/demo/o?uploadType=multipart"
     assert call("POST", path, body, {"Content-Type": content_type}).status == 200
@@ -464,3 +465,17 @@ def test_a_refused_write_leaves_the_old_object(call: Any) -> None:
     assert call.media("x", b"new", x_goog_hash=f"crc32c={crc32c(b'?')}").status == 400
     assert call.media("x", b"new", "&ifGenerationMatch=1").status == 412
     assert call.download("x").body == b"old"
+
+
+@pytest.mark.parametrize(
+    "metadata", ["text", ["list"], {"k": 1}, {"k": {}}, {"k": "v" * 8192}, {"k": "\ud800"}]
+)
+def test_malformed_custom_metadata_is_400(call: Any, metadata: Any) -> None:
+    assert call.multipart({"name": "x", "metadata": metadata}, b"").status == 400
+    assert not call.server.objects("demo")
+
+
+@pytest.mark.parametrize("sources", [None, [], "a", ["a"], [{}], [{"name": "nope"}]])
+def test_compose_of_nonsense_is_refused(call: Any, sources: Any) -> None:
+    answer = call("POST", "/storage/v1/b/demo/o/x/compose", {"sourceObjects": sources})
+    assert answer.status in (400, 404)
