@@ -104,6 +104,7 @@ def upload_data(
     layout: str = "keras_remote",
     verify: str = "page",
     retry: RetryPolicy | None = None,
+    hash_index: str | None = None,
 ) -> str:
     """Make sure that `data` is on Cloud Storage and return its `gs://` URI.
 
@@ -118,6 +119,7 @@ def upload_data(
         layout=layout,
         verify=verify,
         retry=retry,
+        hash_index=hash_index,
     )
     return result.gcs_uri
 
@@ -132,6 +134,7 @@ def upload(
     layout: str = "keras_remote",
     verify: str = "page",
     retry: RetryPolicy | None = None,
+    hash_index: str | None = None,
 ) -> UploadResult:
     """Make sure that `data` is on Cloud Storage, uploading what is not there yet.
 
@@ -151,6 +154,8 @@ def upload(
             one request) or "full".
         retry: when to try a failed request again and when to give up; None takes the defaults of
             `core.transport.RetryPolicy`.
+        hash_index: local file that remembers the hashes of unchanged files, see `core.index`; None
+            takes the environment's `KERAS_REMOTE_HASH_INDEX`, or reads every file.
 
     Returns:
         Where the data is and what was done.
@@ -173,7 +178,7 @@ def upload(
         _log.info("Data is on Cloud Storage already: %s", data.path)
         return UploadResult(data.path, data.is_dir)
 
-    snapshot = take_snapshot(data.path)
+    snapshot = take_snapshot(data.path, hash_index)
     key = CacheKey(bucket_name, namespace_prefix, snapshot.content_hash, chosen_layout)
     _check_names(snapshot, key)
     sent = Progress(_log, f"Uploading to {key.gcs_uri}", len(snapshot), snapshot.total_bytes)

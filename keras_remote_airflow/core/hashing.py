@@ -34,7 +34,9 @@ from keras_remote_airflow.core.errors import (
     DataChangedError,
     DataNotFoundError,
     InvalidInputError,
+    KerasRemoteError,
 )
+from keras_remote_airflow.core.index import open_index
 from keras_remote_airflow.core.progress import Progress
 
 _log = logging.getLogger(__name__)
@@ -141,11 +143,14 @@ class Snapshot:
 EMPTY_DIRECTORY_HASH = hashlib.sha256(b"dir:").hexdigest()
 
 
-def take_snapshot(path: str) -> Snapshot:
+def take_snapshot(path: str, hash_index: str | None = None) -> Snapshot:
     """Read a local file or directory once.
 
     Args:
         path: absolute local path.
+        hash_index: file of a hash index (see `core.index`): files that it knows and that are
+            unchanged are not read. None takes the environment's `KERAS_REMOTE_HASH_INDEX`, or
+            reads every file.
 
     Returns:
         The snapshot, content hash included.
@@ -160,13 +165,20 @@ def take_snapshot(path: str) -> Snapshot:
     snapshot = Snapshot(path, is_dir)
     progress = Progress(_log, f"Hashing {path}")
     stop = threading.Event()
+    index = open_index(hash_index, path)
     with ThreadPoolExecutor(os.cpu_count() or 1, "hash") as pool:
         window: deque[Future[None]] = deque()
         try:
             for name, file_path in _walk(path) if is_dir else _single(path):
+                if index:
+                    state = _stat(file_path)
+                    known = index.get(name, state)
+                    if known:
+                        snapshot._fill(snapshot._reserve(name, state), *known)
+                        continue
                 descriptor, opened = _open(file_path)
-                index = snapshot._reserve(name, opened)
-                job = _Job(snapshot, index, name, file_path, descriptor, opened.st_size, progress)
+                at = snapshot._reserve(name, opened)
+                job = _Job(snapshot, at, name, file_path, descriptor, opened.st_size, progress)
                 if opened.st_size <= _SMALL:
                     job.hash_small()
                     continue
@@ -178,6 +190,8 @@ def take_snapshot(path: str) -> Snapshot:
         finally:
             stop.set()
     snapshot._finish()
+    if index:
+        index.save(snapshot)
     _log.debug(
         "Hashed %s: %d files, %d bytes, %.2f s",
         path,
@@ -237,20 +251,31 @@ class _Job:
 def _open(path: str) -> tuple[int, os.stat_result]:
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
-    except FileNotFoundError as exc:
-        raise DataChangedError(
-            f"{path} vanished while the data was being read. Retry once nothing writes to it."
-        ) from exc
-    except PermissionError as exc:
-        raise InvalidInputError(
-            f"cannot read {path}: permission denied. Make it readable for this user, or move it "
-            "out of the data."
-        ) from exc
+    except (FileNotFoundError, PermissionError) as exc:
+        raise _inaccessible(path, exc) from exc
     opened = os.fstat(descriptor)
     if not stat.S_ISREG(opened.st_mode):
         os.close(descriptor)
         raise _not_a_file(path, opened.st_mode)
     return descriptor, opened
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, PermissionError) as exc:
+        raise _inaccessible(path, exc) from exc
+
+
+def _inaccessible(path: str, error: OSError) -> KerasRemoteError:
+    if isinstance(error, FileNotFoundError):
+        return DataChangedError(
+            f"{path} vanished while the data was being read. Retry once nothing writes to it."
+        )
+    return InvalidInputError(
+        f"cannot read {path}: permission denied. Make it readable for this user, or move it out "
+        "of the data."
+    )
 
 
 def _single(path: str) -> Iterator[tuple[bytes, str]]:
@@ -297,16 +322,8 @@ def _list(root: str, folder: str, linked: list[str]) -> tuple[list[str], list[st
                     linked.append(folder + entry.name)
                 else:
                     raise _special(f"{root}/{folder}{entry.name}")
-    except PermissionError as exc:
-        raise InvalidInputError(
-            f"cannot list {root}/{folder}: permission denied. Make it readable for this user, or "
-            "move it out of the data."
-        ) from exc
-    except FileNotFoundError as exc:
-        raise DataChangedError(
-            f"{root}/{folder} vanished while the data was being read. Retry once nothing writes "
-            "to it."
-        ) from exc
+    except (FileNotFoundError, PermissionError) as exc:
+        raise _inaccessible(f"{root}/{folder}", exc) from exc
     except OSError as exc:
         if exc.errno == errno.ELOOP:
             raise InvalidInputError(
@@ -323,9 +340,7 @@ def _special(path: str) -> Exception:
         return _not_a_file(path, os.stat(path).st_mode)
     except OSError:
         if not os.path.islink(path):
-            return DataChangedError(
-                f"{path} vanished while the data was being read. Retry once nothing writes to it."
-            )
+            return _inaccessible(path, FileNotFoundError())
         return InvalidInputError(
             f"broken link: {path} points to {os.readlink(path)}, which is not there. Remove the "
             "link or restore its target."

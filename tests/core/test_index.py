@@ -1,0 +1,165 @@
+"""The hash index saves reads and never changes a hash."""
+
+import fcntl
+import logging
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from keras_remote_airflow.core.hashing import take_snapshot
+from keras_remote_airflow.core.index import HashIndex
+
+LONG_AGO = 1_600_000_000
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    for name, content in {"a": b"1", "b/c": b"2" * 300_000, "b/d": b"", "é": b"3"}.items():
+        _write(root / name, content)
+    return root
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> str:
+    return str(tmp_path / "cache" / "index")
+
+
+def _write(path: Path, content: bytes, mtime: float = LONG_AGO) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    os.utime(path, (mtime, mtime))
+
+
+def _settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let files count as old although their ctime, which nobody can set, is now."""
+    monkeypatch.setattr("keras_remote_airflow.core.index._GRANULARITY_NS", -(10**18))
+
+
+def _reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that names every file opened from now on."""
+    opened: list[str] = []
+    real = os.open
+
+    def note(path: str, flags: int, *args: int, **kwargs: int) -> int:
+        opened.append(os.path.basename(path))
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", note)
+    return opened
+
+
+def test_unchanged_files_are_not_opened_again(tree, index, monkeypatch):
+    _settle(monkeypatch)
+    plain = take_snapshot(str(tree))
+    take_snapshot(str(tree), index)
+    opened = _reads(monkeypatch)
+    again = take_snapshot(str(tree), index)
+    assert not set(opened) & {"a", "c", "d", "é"}
+    assert again.content_hash == plain.content_hash
+    assert list(again.records()) == list(plain.records())
+
+
+def test_the_environment_can_name_the_index(tree, index, monkeypatch):
+    monkeypatch.setenv("KERAS_REMOTE_HASH_INDEX", index)
+    take_snapshot(str(tree))
+    assert os.path.exists(index)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: _write(root / "a", b"7"),  # same size, same mtime: only the ctime tells
+        lambda root: _write(root / "a", b"11"),
+        lambda root: _write(root / "new", b"n"),
+        lambda root: (root / "a").unlink(),
+        lambda root: (root / "a").rename(root / "z"),
+        lambda root: os.replace(root / "é", root / "a"),
+    ],
+    ids=["rewritten", "longer", "added", "removed", "renamed", "swapped"],
+)
+def test_a_changed_tree_gets_its_true_hash(tree, index, change, monkeypatch):
+    _settle(monkeypatch)
+    take_snapshot(str(tree), index)
+    change(tree)
+    expected = take_snapshot(str(tree)).content_hash
+    assert take_snapshot(str(tree), index).content_hash == expected
+    assert take_snapshot(str(tree), index).content_hash == expected
+
+
+def test_a_file_modified_just_before_it_was_hashed_is_not_recorded(tree, index, monkeypatch):
+    take_snapshot(str(tree), index)
+    opened = _reads(monkeypatch)
+    take_snapshot(str(tree), index)
+    assert {"a", "c", "d", "é"} <= set(opened)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: b"not an index at all, but long enough to be one",
+        lambda content: content[:-1],
+        lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
+        lambda content: content[:8] + b"\x02" + content[9:],
+        lambda content: content[:16] + b"[" * (len(content) - 16),
+    ],
+    ids=["empty", "foreign", "truncated", "flipped bit", "newer format", "broken header"],
+)
+def test_an_unusable_index_is_ignored_with_a_warning(tree, index, damage, monkeypatch, caplog):
+    _settle(monkeypatch)
+    expected = take_snapshot(str(tree), index).content_hash
+    path = Path(index)
+    path.write_bytes(damage(path.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert take_snapshot(str(tree), index).content_hash == expected
+    assert f"Hash index {index} is ignored" in caplog.text
+
+
+def test_a_locked_index_is_left_alone_with_a_warning(tree, index, caplog):
+    os.makedirs(os.path.dirname(index))
+    with open(index + ".lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with caplog.at_level(logging.WARNING):
+            take_snapshot(str(tree), index)
+    assert "locked by another process" in caplog.text
+    assert not os.path.exists(index)
+
+
+def test_an_index_that_cannot_be_written_is_no_error(tree, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING):
+        take_snapshot(str(tree), str(tmp_path / "file" / "index"))
+    assert "could not be written" in caplog.text
+
+
+def test_one_index_serves_several_roots_and_forgets_those_that_are_gone(
+    tree, tmp_path, index, monkeypatch
+):
+    _settle(monkeypatch)
+    other = tmp_path / "other"
+    _write(other / "x", b"x")
+    take_snapshot(str(tree), index)
+    take_snapshot(str(other), index)
+    assert len(HashIndex(index, str(tree))._known) == 4
+    (other / "x").unlink()
+    other.rmdir()
+    _write(tree / "new", b"n")
+    take_snapshot(str(tree), index)
+    assert len(HashIndex(index, str(other))._known) == 0
+    assert len(HashIndex(index, str(tree))._known) == 5
+
+
+def test_processes_share_an_index(tmp_path, index):
+    roots = [tmp_path / f"root{number}" for number in range(6)]
+    for number, root in enumerate(roots):
+        _write(root / "x", b"x" * number)
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        hashes = pool.starmap(_hash, [(str(root), index) for root in roots * 5])
+    assert hashes == [take_snapshot(str(root)).content_hash for root in roots] * 5
+
+
+def _hash(root: str, index: str) -> str:
+    return take_snapshot(root, index).content_hash
