@@ -30,7 +30,12 @@ from keras_remote_airflow.core.errors import (
     StoreError,
 )
 from keras_remote_airflow.core.project import resolve_project
-from keras_remote_airflow.core.transport import RetryableError, RetryPolicy, Transport
+from keras_remote_airflow.core.transport import (
+    RetryableError,
+    RetryPolicy,
+    Transport,
+    refusal,
+)
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -371,7 +376,7 @@ class GcsStore:
             raise _changed(upload, "its CRC32C differs from the one at hash time")
         if b"crc32c" in body.lower() or b"checksum" in body.lower() or b"hash" in body.lower():
             raise RetryableError("the bytes were damaged on the way (HTTP 400)", 400)
-        raise StoreError(f"{what}: HTTP 400 {body[:300].decode(errors='replace')}", status=400)
+        raise refusal(what, 400, body)
 
     async def _settle(self, upload: Upload, status: int) -> bool:
         """Answer "precondition failed": the same bytes are fine, any others a conflict."""

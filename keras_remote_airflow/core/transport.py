@@ -14,6 +14,7 @@ import asyncio
 import json
 import logging
 import random
+import re
 import threading
 import time
 from collections import deque
@@ -266,7 +267,9 @@ class Transport:
                     result = await attempt()
                 self.limiter.succeeded()
             except _HOPELESS as exc:
-                raise StoreError(f"{what}: {exc}. Check the endpoint and its certificate.") from exc
+                raise StoreError(
+                    f"{what}: {_describe(exc)}. Check the endpoint and its certificate."
+                ) from _presentable(exc)
             except (RetryableError, aiohttp.ClientError, TimeoutError, ConnectionError) as exc:
                 status = getattr(exc, "status", None)
                 now = time.monotonic()
@@ -274,7 +277,8 @@ class Transport:
                     failures, first_failure, reached = 0, 0.0, position()
                 failures += 1
                 first_failure = first_failure or now
-                if status in _THROTTLED:
+                # On a slow line it is our own number of requests that makes them time out.
+                if status in _THROTTLED or isinstance(exc, TimeoutError):
                     self.limiter.throttled()
                 pause = max(self.policy.pause(failures), getattr(exc, "retry_after", 0.0))
                 if now + pause - first_failure > self.policy.deadline:
@@ -283,7 +287,7 @@ class Transport:
                         f"attempts; the last: {_describe(exc)}. Try again later.",
                         status=status,
                         transient=True,
-                    ) from exc
+                    ) from _presentable(exc)
                 _log.log(
                     logging.WARNING if failures in (2, 5, 10, 20) else logging.DEBUG,
                     "%s failed (attempt %d, %s); trying again in %.1f s",
@@ -313,25 +317,30 @@ class Transport:
         """
         headers = {**options.pop("headers", {}), **await self._authorization()}
         full_url = URL(url if "://" in url else self.endpoint + url, encoded=True)
-        async with self._session.request(
-            method,
-            full_url,
-            headers=headers,
-            proxy=self._proxy,
-            allow_redirects=False,
-            **options,
-        ) as response:
+        body = options.pop("data", None)
+        async with (
+            _Sending(self.policy.stall_timeout, body) as sending,
+            self._session.request(
+                method,
+                full_url,
+                headers=headers,
+                data=sending.body,
+                proxy=self._proxy,
+                allow_redirects=False,
+                **options,
+            ) as response,
+        ):
+            sending.ended()
             if response.status in expected:
                 yield response
                 return
-            text = (await response.content.read(4096)).decode(errors="replace")
-            message = f"HTTP {response.status} {_reason(text)}".rstrip()
+            error = refusal(what, response.status, await response.content.read(4096))
             if response.status in _RETRYABLE or (
                 response.status == 401 and self._may_reauthorize(headers.get("authorization"))
             ):
+                message = str(error).removeprefix(f"{what}: ")
                 raise RetryableError(message, response.status, _retry_after(response))
-            remedy = _REMEDIES.get(response.status, "")
-            raise StoreError(f"{what}: {message}. {remedy}".rstrip(), status=response.status)
+            raise error
 
     async def call(
         self,
@@ -372,6 +381,41 @@ class Transport:
         return True
 
 
+class _Sending:
+    """Notices a connection that takes no more of a request's body.
+
+    aiohttp's own timeout begins when the body is sent. Enters like a timeout and raises
+    TimeoutError when for `stall_timeout` seconds neither another piece of the body was taken nor
+    the answer began.
+    """
+
+    def __init__(self, stall_timeout: float, body: Any) -> None:
+        self.body = self._watched(body) if isinstance(body, AsyncIterator) else body
+        self._seconds = stall_timeout
+        self._limit = asyncio.timeout(stall_timeout)
+        self._going_on = False
+
+    async def __aenter__(self) -> Self:
+        await self._limit.__aenter__()
+        self._going_on = True
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self._going_on = False
+        await self._limit.__aexit__(*error)
+
+    def ended(self) -> None:
+        """The answer has begun: from here on aiohttp watches."""
+        self._going_on = False
+        self._limit.reschedule(None)
+
+    async def _watched(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for piece in pieces:
+            if self._going_on:
+                self._limit.reschedule(asyncio.get_running_loop().time() + self._seconds)
+            yield piece
+
+
 def _scoped(credentials: Any) -> Any:
     """Return credentials good for reading and writing objects, or None for anonymous ones."""
     from google.auth.credentials import AnonymousCredentials, with_scopes_if_required
@@ -407,18 +451,34 @@ def _refresh(credentials: Any) -> None:
         ) from exc
 
 
+def refusal(what: str, status: int, body: bytes) -> StoreError:
+    """Return the error for an answer that no retry will change: its reason, and what to do."""
+    text = body.decode(errors="replace")
+    with suppress(ValueError, KeyError, TypeError):
+        text = str(json.loads(text)["error"]["message"])
+    reason = _without_queries(" ".join(text.split())[:300]).rstrip(".")
+    message = f"{what}: HTTP {status} {reason}".rstrip()
+    return StoreError(f"{message}. {_REMEDIES.get(status, '')}".rstrip(), status=status)
+
+
 def _describe(error: Exception) -> str:
-    text = str(error)
+    text = _without_queries(str(error))
     if isinstance(error, TimeoutError):
         return f"no answer in time ({text or 'stalled'})"
     return text or type(error).__name__
 
 
-def _reason(body: str) -> str:
-    """Return the human part of an error body, one line of at most 300 characters."""
-    with suppress(ValueError, KeyError, TypeError):
-        body = json.loads(body)["error"]["message"]
-    return " ".join(str(body).split())[:300]
+def _presentable(error: Exception) -> Exception:
+    """Return the error, or a copy if its text, which a traceback shows, spells a URL's query.
+
+    Whoever knows the URL of an upload session can write to it.
+    """
+    text = str(error)
+    return error if text == _without_queries(text) else RetryableError(_describe(error))
+
+
+def _without_queries(text: str) -> str:
+    return re.sub(r"\?[^\s'\"]+", "?…", text)
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float:

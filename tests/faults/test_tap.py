@@ -1,0 +1,50 @@
+"""Connections that stop taking bytes, or take them slowly, which no status code can tell."""
+
+import logging
+import traceback
+from pathlib import Path
+
+import pytest
+from faultkit import BIG, Tap, content, do_upload, make_tree, published
+
+from keras_remote_airflow.core.errors import StoreError
+from keras_remote_airflow.core.transport import RetryPolicy
+from keras_remote_airflow.testing import Fault, StorageServer
+
+
+@pytest.mark.parametrize("size", [1 << 20, 6 << 20, 24 << 20], ids=["whole", "streamed", "session"])
+def test_a_server_that_stops_reading_is_given_up_and_tried_again(
+    server: StorageServer, tmp_path: Path, size: int
+) -> None:
+    path = make_tree(tmp_path / "data", {"file": content(size)})
+    with Tap(server.url, stop_after=size // 8) as tap:
+        result = do_upload(tap.url, path)
+        assert tap.stopped == 1
+    assert published(server) == {result.content_hash: {"file"}}
+
+
+@pytest.mark.parametrize("how", ["drop", "garbage"])
+def test_the_url_of_an_upload_session_is_told_to_nobody(
+    server: StorageServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    path = make_tree(tmp_path / "data", {"file": content(BIG)})
+    if how == "drop":
+        server.add_fault(Fault(path="upload_id=", action="drop_before", after_bytes=1000, times=0))
+    else:
+        server.add_fault(Fault(path="upload_id=", headers={"Bad\nHeader": "x"}, times=0))
+    with pytest.raises(StoreError) as raised:
+        do_upload(server.url, path, RetryPolicy(deadline=0.2, initial=0.01, maximum=0.02))
+    told = "".join(traceback.format_exception(raised.value)) + caplog.text
+    assert "upload_id" not in told
+    assert any("upload_id" in r.query for r in server.requests)
+
+
+def test_a_slow_upload_is_no_stalled_one(server: StorageServer, tmp_path: Path) -> None:
+    path = make_tree(tmp_path / "data", {"file": content(24 << 20)})
+    once = RetryPolicy(deadline=0, initial=0.01, maximum=0.1, stall_timeout=1.5)
+    # 384 pieces of 64 KiB, 8 ms after each: twice the stall timeout in all. (A send buffer of the
+    # kernel's takes up to 4 MB of them at once.)
+    with Tap(server.url, pause=0.008) as tap:
+        result = do_upload(tap.url, path, once)
+    assert published(server) == {result.content_hash: {"file"}}
