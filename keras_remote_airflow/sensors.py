@@ -126,8 +126,7 @@ class CacheSensor(BaseSensorOperator):
         self._looking = None
         if not self.deferrable:
             return super().execute(context)
-        with self._skips_as_poke_mode_does():
-            found = self.poke(context)
+        found = self.poke(context)
         if found:
             return found.xcom_value
         lookup, _ = self._ready()
@@ -146,7 +145,7 @@ class CacheSensor(BaseSensorOperator):
         return None
 
     def poke(self, context: Context) -> PokeReturnValue:  # noqa: ARG002 - Airflow's signature
-        with permanent_errors_fail_the_task():
+        with self._soft_failures_skip(), permanent_errors_fail_the_task():
             lookup, connection = self._ready()
             ref = lookup.look(connection)
         return PokeReturnValue(ref is not None, ref)
@@ -157,7 +156,7 @@ class CacheSensor(BaseSensorOperator):
             ref: dict[str, Any] = event["ref"]
             return ref
         message = event["message"]
-        with self._skips_as_poke_mode_does():
+        with self._soft_failures_skip():
             if event["status"] == "timeout":
                 raise AirflowSensorTimeout(f"{message} within {self.timeout} s")
             if event["permanent"]:
@@ -182,14 +181,21 @@ class CacheSensor(BaseSensorOperator):
         return super().resume_execution(next_method, next_kwargs, context)
 
     @contextmanager
-    def _skips_as_poke_mode_does(self) -> Iterator[None]:
-        """Honour soft_fail and never_fail as BaseSensorOperator.execute does around pokes."""
+    def _soft_failures_skip(self) -> Iterator[None]:
+        """Honour soft_fail and never_fail.
+
+        By the rules of BaseSensorOperator.execute, which a deferral bypasses, and which skips
+        without saying why.
+        """
         try:
             yield
         except Exception as exc:
-            final = isinstance(exc, AirflowFailException | AirflowSensorTimeout)
-            if self.never_fail or (self.soft_fail and final):
-                raise AirflowSkipException(str(exc)) from exc
+            if isinstance(exc, AirflowFailException | AirflowSensorTimeout):
+                skip = self.soft_fail or self.never_fail
+            else:
+                skip = self.never_fail and not self.silent_fail
+            if skip:
+                raise AirflowSkipException(f"Skipped instead of failed: {exc}") from exc
             raise
 
     def _ready(self) -> tuple[Lookup, Connection]:

@@ -1,6 +1,9 @@
 """Whole DAG runs: real tasks, real XComs, the trigger in line, a local Cloud Storage."""
 
+import subprocess
+import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,23 +16,14 @@ REF_KEYS = {"__data_ref__", "gcs_uri", "is_dir", "mount_path"}
 
 
 @pytest.fixture
-def data(tmp_path):
-    root = tmp_path / "train"
-    (root / "sub").mkdir(parents=True)
-    (root / "train.csv").write_text("t")
-    (root / "sub" / "eval.csv").write_text("e")
-    return root
-
-
-@pytest.fixture
 def late_data(tmp_path):
     path = tmp_path / "late.csv"
     path.write_text("late")
     return path
 
 
-def test_upload_wait_and_use(run_dag, gcs_server, data, late_data):
-    content_hash = Data(str(data)).content_hash()
+def test_upload_wait_and_use(airflow_home, run_dag, gcs_server, dataset, late_data):
+    content_hash = Data(str(dataset)).content_hash()
     late_hash = Data(str(late_data)).content_hash()
     # The upload itself asks first; then each of the three sensors is told twice that it is not
     # there, so that "deferred" looks once in the worker and once in the trigger in vain.
@@ -43,13 +37,15 @@ def test_upload_wait_and_use(run_dag, gcs_server, data, late_data):
                 status=404,
             )
         )
+    env = gcs_server.env() | {
+        "TEST_DATA": str(dataset),
+        "TEST_LATE_DATA": str(late_data),
+        "TEST_CONTENT_HASH": content_hash,
+    }
     run = run_dag(
         DAGS / "journeys.py",
         "journeys",
-        **gcs_server.env(),
-        TEST_DATA=str(data),
-        TEST_LATE_DATA=str(late_data),
-        TEST_CONTENT_HASH=content_hash,
+        **env,
     )
     assert set(run.states.values()) == {"success"}, (run.states, run.log)
 
@@ -89,8 +85,7 @@ def test_upload_wait_and_use(run_dag, gcs_server, data, late_data):
     looks = [
         request.status
         for request in gcs_server.requests
-        if request.object_name == f"default/data-cache/{late_hash}/.cache_marker"
-        and request.method == "GET"
+        if request.path.endswith(f"{late_hash}/.cache_marker") and request.method == "GET"
     ]
     assert looks == [404, *3 * [404, 404, 200]], "each mode looked as often as it had to"
     waited = {task: _without_links(run.xcoms[task]) for task in ("poke", "reschedule", "deferred")}
@@ -105,13 +100,29 @@ def test_upload_wait_and_use(run_dag, gcs_server, data, late_data):
 
     assert run.xcoms["use"]["return_value"] == {"gcs_uri": gcs_uri, "ref": ref, "waited": False}
 
+    url = f"https://console.cloud.google.com/storage/browser/{gcs_uri.removeprefix('gs://')}"
+    if version("apache-airflow").startswith("2."):
+        command = ["webserver_link.py", "dags/journeys.py", "journeys", "miss", "Cloud Storage"]
+        shown = subprocess.run(
+            [sys.executable, *command],
+            env=airflow_home | env,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert shown.stdout.endswith(url), shown
+    else:
+        assert run.xcoms["miss"]["_link_DatasetLink"] == url
+        assert run.xcoms["deferred"]["_link_DatasetLink"].endswith(late_hash)
+
 
 def _without_links(xcoms):
     """Airflow 3 keeps the URLs of extra links among the XComs."""
     return {key: value for key, value in xcoms.items() if not key.startswith("_link_")}
 
 
-def test_failures_are_final_where_a_retry_would_not_help(run_dag, gcs_server, data):
+def test_failures_are_final_where_a_retry_would_not_help(run_dag, gcs_server, dataset):
     empty_marker = "5" * 64
     gcs_server.put("test-bucket", f"default/data-markers/{empty_marker}", b"")
     gcs_server.put("test-bucket", f"default/data-cache/{empty_marker}/a", b"a")
@@ -119,7 +130,7 @@ def test_failures_are_final_where_a_retry_would_not_help(run_dag, gcs_server, da
         DAGS / "failures.py",
         "failures",
         **gcs_server.env(),
-        TEST_DATA=str(data),
+        TEST_DATA=str(dataset),
         TEST_EMPTY_MARKER=empty_marker,
     )
     expected = {
@@ -146,7 +157,7 @@ def test_failures_are_final_where_a_retry_would_not_help(run_dag, gcs_server, da
     assert not [request for request in gcs_server.requests if request.method == "POST"]
 
 
-def test_sigterm_stops_the_upload_and_a_retry_completes_it(run_dag, gcs_server, data, tmp_path):
+def test_sigterm_stops_the_upload_and_a_retry_completes_it(run_dag, gcs_server, dataset, tmp_path):
     gcs_server.add_fault(Fault(method="POST", path="eval.csv|uploadType", action="stall"))
     go = tmp_path / "go"
     at_kill = []
@@ -167,7 +178,7 @@ def test_sigterm_stops_the_upload_and_a_retry_completes_it(run_dag, gcs_server, 
             "killed",
             timeout=50,  # the core itself would take a stalled request for lost after 60 s
             **gcs_server.env(),
-            TEST_DATA=str(data),
+            TEST_DATA=str(dataset),
             TEST_GO=str(go),
         )
     finally:

@@ -1,0 +1,92 @@
+"""What Airflow, and a DAG file, see of the package before any task runs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from keras_remote_airflow.provider_info import get_provider_info
+
+
+def run(code, env, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", code, *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+ALL_MODULES = """
+import importlib, json, pkgutil, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import keras_remote_airflow
+    for module in pkgutil.walk_packages(keras_remote_airflow.__path__, "keras_remote_airflow."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    from keras_remote_airflow import *
+    from keras_remote_airflow._compat import make_gcs_hook
+print(json.dumps([str(w.message) for w in caught if "keras_remote_airflow" in w.filename]))
+"""
+
+
+def test_no_module_of_ours_warns_on_import(airflow_home):
+    assert json.loads(run(ALL_MODULES, airflow_home)) == []
+
+
+IMPORTED = """
+import json, sys
+from keras_remote_airflow import CacheSensor, DataUploadOperator
+CacheSensor(task_id="a", content_hash="", bucket_name="b")
+DataUploadOperator(task_id="b", data="", bucket_name="b")
+print(json.dumps([name for name in sys.argv[1:] if name in sys.modules]))
+"""
+
+
+def test_a_dag_file_pays_neither_for_the_google_provider_nor_for_the_transfer_code(airflow_home):
+    heavy = [
+        "airflow.providers.google.cloud.hooks.gcs",
+        "google.cloud.storage",
+        "google_crc32c",
+        "keras_remote_airflow.core.store",
+    ]
+    assert json.loads(run(IMPORTED, airflow_home, *heavy)) == []
+
+
+def test_airflow_lists_the_provider(airflow_home):
+    listed = subprocess.run(
+        [sys.executable, "-m", "airflow", "providers", "list", "--output", "json"],
+        env=airflow_home,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    providers = json.loads(listed[listed.index("[{") :])
+    assert "keras-remote-airflow" in [provider["package_name"] for provider in providers]
+
+
+def test_provider_info_names_things_that_exist():
+    from importlib import import_module
+
+    info = get_provider_info()
+    for path in info["extra-links"]:
+        module, _, name = path.rpartition(".")
+        assert hasattr(import_module(module), name)
+    for group in info["triggers"]:
+        for module in group["python-modules"]:
+            import_module(module)
+
+
+@pytest.mark.parametrize("name", ["CacheSensor", "DataUploadOperator"])
+def test_every_template_field_is_an_argument(name):
+    import inspect
+
+    import keras_remote_airflow
+
+    kind = getattr(keras_remote_airflow, name)
+    assert set(kind.template_fields) <= set(inspect.signature(kind).parameters)

@@ -1,0 +1,214 @@
+"""CacheSensor, executed in this process against a local Cloud Storage.
+
+What needs a scheduler or a trigger (reschedule mode, deferral, retries) is in test_dag_runs.py.
+"""
+
+import json
+
+import pytest
+
+from keras_remote_airflow import CacheSensor, upload_data
+from keras_remote_airflow._compat import (
+    AirflowFailException,
+    AirflowSensorTimeout,
+    AirflowSkipException,
+)
+from keras_remote_airflow.core.errors import StoreError
+from keras_remote_airflow.core.refs import make_data_ref
+from keras_remote_airflow.testing import Fault
+
+GOLDEN = "15d41417b45aa09c0450d8955b845bb278f2990728bcc5d919d62309a2c6ebee"
+GCS_URI = f"gs://test-bucket/default/data-cache/{GOLDEN}"
+MARKER = f"default/data-cache/{GOLDEN}/.cache_marker"
+
+
+def sensor(**arguments):
+    return CacheSensor(task_id="wait", poke_interval=0.01, **{"timeout": 5} | arguments)
+
+
+@pytest.fixture
+def published(gcs_server, dataset):
+    upload_data("test-bucket", str(dataset))
+    gcs_server.clear_requests()
+    return make_data_ref(GCS_URI, is_dir=True)
+
+
+@pytest.mark.parametrize("deferrable", [False, True])
+@pytest.mark.parametrize("spell", [dict, repr, json.dumps])
+def test_a_ref_is_enough(execute, published, spell, deferrable):
+    ref, xcoms = execute(sensor(data_ref=spell(published), deferrable=deferrable))
+    assert ref == published
+    assert xcoms == {}
+
+
+@pytest.mark.parametrize("deferrable", [False, True])
+def test_data_is_hashed_on_the_worker(execute, published, dataset, deferrable):
+    task = sensor(data=str(dataset), bucket_name="test-bucket", deferrable=deferrable)
+    assert execute(task)[0] == published
+
+
+def test_the_same_task_object_hashes_anew_when_it_is_executed_again(execute, published, dataset):
+    task = sensor(data=str(dataset), bucket_name="test-bucket", timeout=0)
+    assert execute(task)[0] == published
+    (dataset / "train.csv").write_text("other")
+    with pytest.raises(AirflowSensorTimeout):
+        execute(task)
+
+
+def test_data_is_hashed_once_however_often_poke_mode_looks(execute, published, dataset, gcs_server):
+    gcs_server.add_fault(Fault(path=MARKER, times=1, status=404))
+    task = sensor(data=str(dataset), bucket_name="test-bucket")
+    assert not task.poke({})
+    (dataset / "train.csv").write_text("changed since")
+    assert task.poke({}).xcom_value == published
+
+
+def test_the_refs_own_mount_path_yields_to_the_parameter(execute, published):
+    published["mount_path"] = "/from/ref"
+    assert execute(sensor(data_ref=published))[0]["mount_path"] == "/from/ref"
+    assert execute(sensor(data_ref=published, mount_path="/mine"))[0]["mount_path"] == "/mine"
+
+
+@pytest.mark.parametrize("deferrable", [False, True])
+def test_is_dir_comes_from_the_marker(execute, published, deferrable):
+    task = sensor(
+        content_hash=GOLDEN, bucket_name="test-bucket", is_dir=False, deferrable=deferrable
+    )
+    assert execute(task)[0]["is_dir"] is True
+
+
+@pytest.mark.parametrize("is_dir", [False, True])
+def test_is_dir_comes_from_the_parameter_when_the_marker_is_empty(execute, gcs_server, is_dir):
+    gcs_server.put("test-bucket", f"default/data-cache/{GOLDEN}/a", b"a")
+    gcs_server.put("test-bucket", MARKER, b"")
+    task = sensor(content_hash=GOLDEN, bucket_name="test-bucket", is_dir=is_dir)
+    assert execute(task)[0]["is_dir"] is is_dir
+
+
+def test_kinetics_own_upload_and_ref_are_understood(execute, gcs_server):
+    gcs_server.put("test-bucket", f"default/data-cache/{GOLDEN}/a", b"a")
+    gcs_server.put("test-bucket", f"default/data-markers/{GOLDEN}", b"")
+    theirs = {
+        "__data_ref__": True,
+        "uri": GCS_URI,
+        "is_dir": True,
+        "mount_path": None,
+        "fuse": False,
+        "hf_trust_remote_code": False,
+    }
+    assert execute(sensor(data_ref=theirs))[0] == theirs | {"gcs_uri": GCS_URI}
+
+
+def test_an_outage_is_waited_out(execute, published, gcs_server, monkeypatch):
+    from keras_remote_airflow.core import cache
+
+    find = cache.find
+    outages = [StoreError("503 for two minutes", status=503, transient=True)] * 2
+
+    def failing_twice(*arguments, **keywords):
+        if outages:
+            raise outages.pop()
+        return find(*arguments, **keywords)
+
+    monkeypatch.setattr(cache, "find", failing_twice)
+    assert execute(sensor(data_ref=published))[0] == published
+    assert outages == []
+
+
+@pytest.mark.parametrize("deferrable", [False, True])
+def test_a_refusal_is_left_to_the_tasks_retries(execute, published, gcs_server, deferrable):
+    gcs_server.deny("get")
+    with pytest.raises(StoreError, match="objectViewer"):
+        execute(sensor(data_ref=published, deferrable=deferrable))
+
+
+def test_evicted_objects_are_waited_for(execute, published, gcs_server, caplog):
+    for name in list(gcs_server.objects("test-bucket")):
+        if name != MARKER:
+            gcs_server.delete("test-bucket", name)
+    with pytest.raises(AirflowSensorTimeout):
+        execute(sensor(data_ref=published, timeout=0.05))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"bucket_name": "b"}, "exactly one of .* found none"),
+        ({"bucket_name": "b", "content_hash": GOLDEN, "data": "/d"}, "content_hash and data"),
+        ({"data": "/d", "data_ref": {}}, "found data and data_ref"),
+        ({"content_hash": GOLDEN}, "bucket_name must be given with content_hash"),
+        ({"data": "/d"}, "bucket_name must be given with data"),
+    ],
+)
+def test_wrong_combinations_fail_when_the_dag_is_parsed(arguments, words):
+    with pytest.raises(ValueError, match=f"task 'wait': .*{words}"):
+        sensor(**arguments)
+
+
+@pytest.mark.parametrize("deferrable", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"content_hash": "ABC", "bucket_name": "test-bucket"}, "invalid content hash 'ABC'"),
+        ({"content_hash": GOLDEN, "bucket_name": "gs://b"}, "invalid bucket name 'gs://b'"),
+        ({"content_hash": GOLDEN, "bucket_name": ""}, "invalid bucket name ''"),
+        ({"content_hash": GOLDEN, "bucket_name": "bbb", "layout": "x"}, "unknown layout 'x'"),
+        ({"data": "/no/such", "bucket_name": "test-bucket"}, "/no/such"),
+        ({"data": "gs://b/c/", "bucket_name": "test-bucket"}, "'wait': data is gs://b/c/"),
+        ({"data_ref": "None"}, "not a data ref"),
+        ({"data_ref": {"gcs_uri": GCS_URI, "is_dir": True}}, "not a data ref"),
+        (
+            {"data_ref": make_data_ref(GCS_URI, True), "bucket_name": "other"},
+            "'wait': bucket_name is 'other', but data_ref names",
+        ),
+        (
+            {"data_ref": make_data_ref(GCS_URI, True), "namespace_prefix": "other"},
+            "'wait': namespace_prefix is 'other', but data_ref names",
+        ),
+        ({"data_ref": make_data_ref("gs://bbb/model.keras", False)}, "which no upload publishes"),
+    ],
+)
+def test_malformed_values_fail_for_good(execute, arguments, words, deferrable):
+    with pytest.raises(AirflowFailException, match=words):
+        execute(sensor(deferrable=deferrable, **arguments))
+    with pytest.raises(AirflowSkipException, match=words):
+        execute(sensor(deferrable=deferrable, soft_fail=True, **arguments))
+
+
+def test_a_template_that_renders_to_nothing_is_named(execute):
+    task = sensor(data_ref="{{ native }}")
+    task.data_ref = None  # as render_template_as_native_obj leaves it
+    with pytest.raises(AirflowFailException, match=r"'wait': exactly one of .* found none"):
+        execute(task)
+
+
+def test_constructing_it_leaves_the_arguments_alone():
+    arguments = {
+        "bucket_name": "{{ 0 }}",
+        "content_hash": "{{ 1 }}",
+        "namespace_prefix": "{{ 2 }}",
+        "mount_path": "{{ 3 }}",
+        "project_id": "{{ 4 }}",
+        "gcp_conn_id": "{{ 5 }}",
+        "impersonation_chain": ("{{ 6 }}",),
+        "layout": "{{ 7 }}",
+    }
+    task = sensor(**arguments)
+    rendered = {name: getattr(task, name) for name in task.template_fields}
+    assert rendered == arguments | {"data": None, "data_ref": None}
+
+
+def test_a_deferral_that_no_triggerer_serves_is_a_timeout_that_says_so():
+    # What the scheduler sends when the deferral itself times out, on Airflow 2 and on 3.
+    for error in ("Trigger/execution timeout", "Trigger timeout"):
+        with pytest.raises(AirflowSensorTimeout, match=r"no triggerer answered.* within 5\.0 s"):
+            sensor(content_hash=GOLDEN, bucket_name="bbb").resume_execution(
+                "__fail__", {"error": error}, {}
+            )
+
+
+def test_a_trigger_that_broke_is_no_timeout():
+    task = sensor(content_hash=GOLDEN, bucket_name="bbb")
+    with pytest.raises(Exception, match="Trigger failure") as caught:
+        task.resume_execution("__fail__", {"error": "Trigger failure"}, {})
+    assert not isinstance(caught.value, AirflowSensorTimeout | AirflowFailException)
