@@ -120,15 +120,16 @@ class Snapshot:
         """Return where the file called `relative_path` is on disk."""
         return os.path.join(self.root, relative_path) if self.is_dir else self.root
 
-    def _reserve(self, name: bytes, opened: os.stat_result) -> int:
+    def _append(
+        self, name: bytes, state: os.stat_result, digest: bytes = bytes(32), crc32c: int = 0
+    ) -> None:
         self._names += name
         self._name_ends.append(len(self._names))
-        self._sizes.append(opened.st_size)
-        self._mtimes.append(opened.st_mtime_ns)
-        self._crcs.append(0)
-        self._digests += bytes(32)
-        self.total_bytes += opened.st_size
-        return len(self._sizes) - 1
+        self._sizes.append(state.st_size)
+        self._mtimes.append(state.st_mtime_ns)
+        self._crcs.append(crc32c)
+        self._digests += digest
+        self.total_bytes += state.st_size
 
     def _fill(self, index: int, digest: bytes, crc32c: int) -> None:
         self._digests[32 * index : 32 * index + 32] = digest
@@ -174,15 +175,20 @@ def take_snapshot(path: str, hash_index: str | None = None) -> Snapshot:
                     state = _stat(file_path)
                     known = index.get(name, state)
                     if known:
-                        snapshot._fill(snapshot._reserve(name, state), *known)
+                        snapshot._append(name, state, *known)
                         continue
-                descriptor, opened = _open(file_path)
-                at = snapshot._reserve(name, opened)
-                job = _Job(snapshot, at, name, file_path, descriptor, opened.st_size, progress)
-                if opened.st_size <= _SMALL:
-                    job.hash_small()
+                descriptor, state = _open(file_path)
+                if state.st_size <= _SMALL:
+                    content = _read_small(descriptor, file_path, state.st_size)
+                    digest = hashlib.sha256(name + b"\0" + content).digest()
+                    snapshot._append(name, state, digest, google_crc32c.value(content))
+                    progress.add(1, len(content))
                     continue
-                window.append(pool.submit(job.hash_large, stop))
+                snapshot._append(name, state)
+                large = _LargeFile(
+                    snapshot, len(snapshot) - 1, name, file_path, descriptor, state.st_size
+                )
+                window.append(pool.submit(large.hash, progress, stop))
                 if len(window) > 4 * (os.cpu_count() or 1):
                     window.popleft().result()
             for future in window:
@@ -202,9 +208,9 @@ def take_snapshot(path: str, hash_index: str | None = None) -> Snapshot:
     return snapshot
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One open file on its way into the snapshot; closes its descriptor."""
+@dataclass(frozen=True)
+class _LargeFile:
+    """An open file with a place in the snapshot; closes its descriptor."""
 
     snapshot: Snapshot
     index: int
@@ -212,19 +218,9 @@ class _Job:
     path: str
     descriptor: int
     size: int
-    progress: Progress
 
-    def hash_small(self) -> None:
-        try:
-            content = os.read(self.descriptor, self.size + 1)
-        finally:
-            os.close(self.descriptor)
-        self._check(len(content))
-        digest = hashlib.sha256(self.name + b"\0" + content).digest()
-        self.snapshot._fill(self.index, digest, google_crc32c.value(content))
-        self.progress.add(1, self.size)
-
-    def hash_large(self, stop: threading.Event) -> None:
+    def hash(self, progress: Progress, stop: threading.Event) -> None:
+        """Fill in digest and CRC32C, in any thread; end early when `stop` is set."""
         sha256 = hashlib.sha256(self.name + b"\0")
         crc32c = done = 0
         try:
@@ -232,20 +228,30 @@ class _Job:
                 sha256.update(chunk)
                 crc32c = google_crc32c.extend(crc32c, chunk)
                 done += len(chunk)
-                self.progress.add(0, len(chunk))
+                progress.add(0, len(chunk))
         finally:
             os.close(self.descriptor)
         if not stop.is_set():
-            self._check(done)
+            _check_size(self.path, self.size, done)
             self.snapshot._fill(self.index, sha256.digest(), crc32c)
-            self.progress.add(1, 0)
+            progress.add(1, 0)
 
-    def _check(self, size: int) -> None:
-        if size != self.size:
-            raise DataChangedError(
-                f"{self.path} changed while it was being hashed ({self.size} bytes when opened, "
-                f"{size} bytes read). Retry once nothing writes to it."
-            )
+
+def _read_small(descriptor: int, path: str, size: int) -> bytes:
+    try:
+        content = os.read(descriptor, size + 1)
+    finally:
+        os.close(descriptor)
+    _check_size(path, size, len(content))
+    return content
+
+
+def _check_size(path: str, opened: int, read: int) -> None:
+    if read != opened:
+        raise DataChangedError(
+            f"{path} changed while it was being hashed ({opened} bytes when opened, {read} bytes "
+            "read). Retry once nothing writes to it."
+        )
 
 
 def _open(path: str) -> tuple[int, os.stat_result]:

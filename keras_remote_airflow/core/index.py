@@ -116,7 +116,9 @@ class HashIndex:
         self._positions: dict[bytes, int] | None = None
         self._next = 0
         self._found = 0
-        self._seen = [array(code) for code in "qQQ"]  # ctime_ns, inode, device
+        # Where each file asked for stands: in what is known or, as -1 - position, in the others.
+        self._rows = array("q")
+        self._others = array("q"), array("Q"), array("Q")  # ctime_ns, inode, device
         self._started_ns = time.time_ns()
 
     def get(self, name: bytes, state: os.stat_result) -> tuple[bytes, int] | None:
@@ -127,32 +129,37 @@ class HashIndex:
                 answer costs a comparison or two; in any other order, a look-up.
             state: what the file system says of the file now.
         """
-        ctime, inode, device = self._seen
-        ctime.append(state.st_ctime_ns)
-        inode.append(state.st_ino)
-        device.append(state.st_dev)
         index = self._find(name)
-        if index is None:
+        if index is None or not self._is_as_known(index, state):
+            ctimes, inodes, devices = self._others
+            self._rows.append(-1 - len(ctimes))
+            ctimes.append(state.st_ctime_ns)
+            inodes.append(state.st_ino)
+            devices.append(state.st_dev)
             return None
-        self._next = index + 1
-        _, sizes, mtimes, ctimes, inodes, devices = self._known.numbers
-        if (
-            mtimes[index] != state.st_mtime_ns
-            or ctimes[index] != state.st_ctime_ns
-            or sizes[index] != state.st_size
-            or inodes[index] != state.st_ino
-            or devices[index] != state.st_dev
-        ):
-            return None
+        self._rows.append(index)
         self._found += 1
         return bytes(self._known.digests[32 * index : 32 * index + 32]), self._known.crcs[index]
 
     def _find(self, name: bytes) -> int | None:
-        if self._next < len(self._known) and self._known.name(self._next) == name:
-            return self._next
-        if self._positions is None:
-            self._positions = {self._known.name(i): i for i in range(len(self._known))}
-        return self._positions.get(name)
+        index: int | None = self._next
+        if self._next >= len(self._known) or self._known.name(self._next) != name:
+            if self._positions is None:
+                self._positions = {self._known.name(i): i for i in range(len(self._known))}
+            index = self._positions.get(name)
+        if index is not None:
+            self._next = index + 1
+        return index
+
+    def _is_as_known(self, index: int, state: os.stat_result) -> bool:
+        _, sizes, mtimes, ctimes, inodes, devices = self._known.numbers
+        return (
+            mtimes[index] == state.st_mtime_ns
+            and ctimes[index] == state.st_ctime_ns
+            and sizes[index] == state.st_size
+            and inodes[index] == state.st_ino
+            and devices[index] == state.st_dev
+        )
 
     def save(self, snapshot: "Snapshot") -> None:
         """Record a snapshot whose every file was asked for, in its order, if anything is new."""
@@ -160,7 +167,10 @@ class HashIndex:
             return
         table = _Table()
         settled = self._started_ns - _GRANULARITY_NS
-        for file, ctime, inode, device in zip(snapshot.records(), *self._seen, strict=True):
+        _, _, _, *known = self._known.numbers
+        for file, row in zip(snapshot.records(), self._rows, strict=True):
+            columns, at = (known, row) if row >= 0 else (self._others, -1 - row)
+            ctime, inode, device = (column[at] for column in columns)
             if max(file.mtime_ns, ctime) < settled:
                 state = (file.size, file.mtime_ns, ctime, inode, device)
                 table.add(file.path.encode(), state, file.crc32c, file.digest)
