@@ -4,7 +4,7 @@ The parser reads what Cloud Storage's clients send (RFC 9112): a request line, h
 body with `Content-Length` or chunked encoding. Anything ambiguous is answered with 400 and the
 connection is closed. Requests on one connection are answered in order, one at a time.
 
-A raw `asyncio.Protocol` is used because a web framework spends more time per request than the
+A raw asyncio protocol is used because a web framework spends more time per request than the
 whole of our own work: the server must not be the bottleneck of a benchmark.
 """
 
@@ -24,6 +24,9 @@ MAX_HEAD_BYTES = 64 * 1024
 # Bodies up to this size are handed over whole; larger ones go to a sink as they arrive.
 STREAM_ABOVE_BYTES = 1024 * 1024
 WRITE_BYTES = 1024 * 1024
+# What is read at once; a connection that has seen a large body reads more.
+RECEIVE_BYTES = 64 * 1024
+LARGE_RECEIVE_BYTES = 1024 * 1024
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 _REASONS[499] = "Client Closed Request"
@@ -180,7 +183,7 @@ def _chunk_size(line: bytes) -> int:
     return int(digits, 16)
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One client connection."""
 
     def __init__(self, app: Application, connections: set[Connection]) -> None:
@@ -201,6 +204,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._timer: asyncio.TimerHandle | None = None
         self._parsing = False
+        self._receive = memoryview(bytearray(RECEIVE_BYTES))
 
     # asyncio calls these.
 
@@ -231,7 +235,13 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._pump()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        return self._receive
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._data_received(bytes(self._receive[:nbytes]))
+
+    def _data_received(self, data: bytes) -> None:
         if self._request is not None and not self._answering and not self._chunked:
             # The middle of a body: no copy through the buffer.
             if len(data) <= self._remaining:
@@ -288,17 +298,7 @@ class Connection(asyncio.Protocol):
         request = parse_head(bytes(buffer[:end]))
         length = body_length(request.headers)
         del buffer[: end + 4]
-        self._request = request
-        self._chunks = []
-        self._chunked = length is None
-        self._in_chunk = self._in_trailer = False
-        self._remaining = length or 0
-        self._drop_after = self._app.begin(request)
-        if "expect" in request.headers:
-            if request.headers["expect"].lower() != "100-continue":
-                raise BadRequestError("unsupported Expect header")
-            if self._transport is not None:
-                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._begin(request, length)
         if self._chunked:
             return True
         taken = min(len(buffer), self._remaining)
@@ -311,6 +311,22 @@ class Connection(asyncio.Protocol):
             self._complete()
             return True
         return False
+
+    def _begin(self, request: HttpRequest, length: int | None) -> None:
+        """The head is read: prepare for the body."""
+        self._request = request
+        self._chunks = []
+        self._chunked = length is None
+        self._in_chunk = self._in_trailer = False
+        self._remaining = length or 0
+        if self._remaining > STREAM_ABOVE_BYTES and len(self._receive) < LARGE_RECEIVE_BYTES:
+            self._receive = memoryview(bytearray(LARGE_RECEIVE_BYTES))
+        self._drop_after = self._app.begin(request)
+        if "expect" in request.headers:
+            if request.headers["expect"].lower() != "100-continue":
+                raise BadRequestError("unsupported Expect header")
+            if self._transport is not None:
+                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _parse_chunked(self) -> bool:
         """Read one piece of a chunked body; False when more bytes are needed."""

@@ -51,7 +51,7 @@ class RelatedReader:
     ) -> None:
         self._boundary = boundary
         self._open_media = open_media
-        self._buffer = bytearray()
+        self._buffer = b""  # what cannot be given away yet
         self._newline = b"\r\n"
         self._media: Spool | None = None
         self._closed = False
@@ -60,7 +60,7 @@ class RelatedReader:
     def write(self, data: bytes) -> None:
         if self._error is not None:
             return
-        self._buffer += data
+        self._buffer = self._buffer + data if self._buffer else data
         try:
             if self._media is None:
                 self._read_metadata()
@@ -91,7 +91,7 @@ class RelatedReader:
         at = 0 if start is None else start.end()
         end = self._buffer.find(b"\n", at)
         if end >= 0:
-            line = bytes(self._buffer[at:end])
+            line = self._buffer[at:end]
             if line.rstrip(b" \t\r") != delimiter:
                 raise invalid("Malformed multipart body: it does not begin with the boundary.")
             self._newline = newline = b"\r\n" if line.endswith(b"\r") else b"\n"
@@ -101,9 +101,9 @@ class RelatedReader:
                 line_end = self._buffer.find(b"\n", metadata_end + len(newline))
                 head_end, media_start = self._head(line_end + 1)
                 if head_end >= 0:
-                    headers = part_headers(bytes(self._buffer[line_end + 1 : head_end]))
-                    metadata = bytes(self._buffer[start_of_metadata:metadata_end])
-                    del self._buffer[:media_start]
+                    headers = part_headers(self._buffer[line_end + 1 : head_end])
+                    metadata = self._buffer[start_of_metadata:metadata_end]
+                    self._buffer = self._buffer[media_start:]
                     self._media = self._open_media(metadata, headers)
                     return
         if len(self._buffer) > MAX_METADATA_PART_BYTES:
@@ -121,15 +121,15 @@ class RelatedReader:
         buffer = self._buffer
         at = self._find_delimiter(0)
         if at >= 0:
-            media.write(bytes(buffer[:at]))
-            del buffer[: at + len(self._newline) + 2 + len(self._boundary)]
+            media.write(buffer[:at])
+            self._buffer = buffer[at + len(self._newline) + 2 + len(self._boundary) :]
             self._closed = True
             return
         # A delimiter may have begun in what was not written yet.
         ready = -at - 1
         if ready > 0:
-            media.write(bytes(buffer[:ready]))
-            del buffer[:ready]
+            media.write(buffer[:ready])  # mostly all of it, and then the slice is no copy
+            self._buffer = buffer[ready:]
 
     def _find_delimiter(self, at: int) -> int:
         """Where the next delimiter begins; if there is none, -1 - n with n bytes free of it."""
@@ -138,13 +138,21 @@ class RelatedReader:
         while True:
             at = buffer.find(delimiter, at)
             if at < 0:
-                return -1 - max(0, len(buffer) - len(delimiter) + 1)
-            follows = bytes(buffer[at + len(delimiter) : at + len(delimiter) + 64])
+                return -1 - self._partial_delimiter(delimiter)
+            follows = buffer[at + len(delimiter) : at + len(delimiter) + 64]
             if follows.startswith(b"--") or re.match(rb"[ \t]*\r?\n", follows):
                 return at
             if re.fullmatch(rb"-|[ \t]*\r?", follows):
                 return -1 - at  # too early to tell
             at += 1
+
+    def _partial_delimiter(self, delimiter: bytes) -> int:
+        """Where at the end of the buffer a delimiter may have begun; else the buffer's length."""
+        buffer = self._buffer
+        at = buffer.find(delimiter[:1], max(0, len(buffer) - len(delimiter) + 1))
+        while at >= 0 and not delimiter.startswith(buffer[at:]):
+            at = buffer.find(delimiter[:1], at + 1)
+        return len(buffer) if at < 0 else at
 
 
 def split_parts(body: bytes, boundary: bytes) -> list[tuple[dict[str, str], bytes]]:
