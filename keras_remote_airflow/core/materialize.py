@@ -53,6 +53,7 @@ def materialize(
     ref: object,
     dest: str | None = None,
     *,
+    cache_dir: str | None = None,
     client: Any = None,
     project: str | None = None,
     retry: RetryPolicy | None = None,
@@ -67,9 +68,9 @@ def materialize(
     Args:
         ref: the data ref: the dict, its JSON or its Python repr.
         dest: the directory to hold the data: it becomes the dataset, or gets the single file under
-            its own name. None takes the ref's `mount_path`, else a directory named by the content
-            below `keras-remote-data-{uid}` in the system's temporary directory. Data that is
-            there already is verified and reused.
+            its own name. None takes the ref's `mount_path`, else a directory in `cache_dir` named
+            by the content. Data that is there already is verified and reused.
+        cache_dir: None takes `keras-remote-data-{uid}` in the system's temporary directory.
         client: google.cloud.storage.Client whose credentials and endpoint to use; None makes one.
         project: project id for the client made here; None takes `get_default_project()`.
         retry: when to try a failed request again and when to give up; None takes the defaults of
@@ -87,13 +88,15 @@ def materialize(
     """
     parsed = parse_data_ref(ref)
     key = parsed.cache_key
-    target = dest or parsed.mount_path or (_default_dest(key.content_hash) if key else None)
+    target = dest or parsed.mount_path
+    if key and not target:
+        target = _default_dest(key.content_hash, cache_dir)
     if key and parsed.is_dir and target and _holds_directory(target, key.content_hash):
         _log.info("Reusing %s: it holds %s", target, parsed.gcs_uri)
         return os.path.abspath(target)
     with open_store(split_gcs_uri(parsed.gcs_uri)[0], client, project, retry) as store:
         source = _Source(store, parsed, key)
-        target = os.path.abspath(target or _default_dest(source.fingerprint()))
+        target = os.path.abspath(target or _default_dest(source.fingerprint(), cache_dir))
         if parsed.is_dir:
             folder, name = os.path.split(target)
             return _fetch(source, os.path.join(folder, f".{name}.partial"), target)
@@ -318,8 +321,10 @@ def _holds_directory(path: str, content_hash: str) -> bool:
     return os.path.isdir(path) and take_snapshot(path).content_hash == content_hash
 
 
-def _default_dest(name: str) -> str:
-    """Return a directory called `name` in a place that belongs to this user alone."""
+def _default_dest(name: str, cache_dir: str | None) -> str:
+    """Return a directory called `name` in `cache_dir`, or in one that is this user's alone."""
+    if cache_dir:
+        return os.path.join(cache_dir, name)
     base = os.path.join(tempfile.gettempdir(), f"keras-remote-data-{os.getuid()}")
     with suppress(FileExistsError):
         os.mkdir(base, 0o700)
