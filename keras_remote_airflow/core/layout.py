@@ -86,6 +86,12 @@ class CacheKey:
         check_bucket(self.bucket)
         check_namespace(self.namespace)
         check_content_hash(self.content_hash)
+        longest = max(len(self.prefix.encode()) + 1, len(self.marker_name.encode()))
+        if longest > MAX_OBJECT_NAME_BYTES:
+            raise InvalidInputError(
+                f"namespace_prefix too long: {self.namespace!r} makes object names of {longest} "
+                f"bytes and more, Cloud Storage takes {MAX_OBJECT_NAME_BYTES}. Shorten it."
+            )
 
     @property
     def prefix(self) -> str:
@@ -218,11 +224,14 @@ def parse_marker(body: bytes, key: CacheKey) -> Receipt | None:
         "Use a newer keras_remote_airflow, or delete that object to have the data uploaded anew."
     )
     try:
+        if len(body) > MAX_MARKER_BYTES:
+            raise ValueError(f"{len(body)} bytes")
         fields = json.loads(body)
         version = int(fields["format_version"])
-    except (ValueError, TypeError, KeyError) as exc:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as exc:
         raise MarkerError(
-            f"marker {where} is unreadable: expected a JSON receipt, found {body[:80]!r}. {remedy}"
+            f"marker {where} is unreadable: expected a JSON receipt, found {len(body)} bytes: "
+            f"{body[:80]!r}. {remedy}"
         ) from exc
     if not 1 <= version <= FORMAT_VERSION:
         raise MarkerError(

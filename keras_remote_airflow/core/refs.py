@@ -118,5 +118,8 @@ def _parse_text(text: str) -> object:
 
 
 def _shorten(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply to show"
     return text if len(text) <= 200 else text[:200] + "…"

@@ -125,7 +125,8 @@ class ObjectStore(Protocol):
         """Store files concurrently; objects that hold the same bytes already are left alone.
 
         Args:
-            uploads: consumed as places become free, so it may be a generator over many.
+            uploads: consumed as places become free, so it may be a generator over many (but not
+                one that uses this store).
             done: called for each file, with whether it was sent (rather than found there).
 
         Raises:

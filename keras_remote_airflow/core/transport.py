@@ -219,6 +219,12 @@ class Transport:
 
         Whatever is raised in the waiting thread cancels the work, and waits for its end.
         """
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError(
+                "what is handed to upload or download is consumed on the store's own thread and "
+                "must not use its own store: the call would wait for itself"
+            )
         finished = threading.Event()
 
         async def supervised() -> _T:

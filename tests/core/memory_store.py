@@ -1,0 +1,103 @@
+"""An `ObjectStore` in a dict: the double for tests of the cache's own logic.
+
+It passes the same contract suite as the store on Cloud Storage (`test_store.py`).
+"""
+
+import os
+from collections.abc import Callable, Iterable
+
+import google_crc32c
+
+from keras_remote_airflow.core.errors import ConflictError, DataChangedError, IntegrityError
+from keras_remote_airflow.core.store import Download, ObjectInfo, Page, Upload
+
+
+class MemoryStore:
+    """One bucket in memory.
+
+    Args:
+        page_size: objects per page of a listing.
+        empty_pages: precede every page by an empty one, as Cloud Storage is free to do.
+
+    Attributes:
+        written: names of the objects stored so far, in that order.
+        calls: names of the methods called so far.
+    """
+
+    bucket = "memory-bucket"
+
+    def __init__(self, page_size: int = 1000, *, empty_pages: bool = False) -> None:
+        self.written: list[str] = []
+        self.calls: list[str] = []
+        self._objects: dict[str, tuple[ObjectInfo, bytes]] = {}
+        self._page_size = page_size
+        self._empty_pages = empty_pages
+        self._generation = 0
+
+    def read(self, name: str) -> bytes | None:
+        self.calls.append("read")
+        return self._objects[name][1] if name in self._objects else None
+
+    def list_page(self, prefix: str, token: str | None = None) -> Page:
+        self.calls.append("list_page")
+        if self._empty_pages and not (token or "").startswith("full:"):
+            return Page([], "full:" + (token or ""))
+        after = (token or "").removeprefix("full:")
+        names = sorted(
+            (name for name in self._objects if name.startswith(prefix) and name > after),
+            key=str.encode,
+        )
+        page = names[: self._page_size]
+        more = page[-1] if len(names) > len(page) else None
+        return Page([self._objects[name][0] for name in page], more)
+
+    def create(self, name: str, content: bytes) -> bool:
+        self.calls.append("create")
+        if name in self._objects:
+            return False
+        self.replace(name, content)
+        return True
+
+    def upload(self, uploads: Iterable[Upload], done: Callable[[Upload, bool], None]) -> None:
+        self.calls.append("upload")
+        for upload in uploads:
+            done(upload, self._upload_one(upload))
+
+    def _upload_one(self, upload: Upload) -> bool:
+        if not os.path.exists(upload.path):
+            raise DataChangedError(f"{upload.path} is gone")
+        with open(upload.path, "rb") as file:
+            content = file.read()
+        if (len(content), google_crc32c.value(content)) != (upload.size, upload.crc32c):
+            raise DataChangedError(f"{upload.path} changed")
+        if upload.name in self._objects:
+            there = self._objects[upload.name][0]
+            if (there.size, there.crc32c) != (upload.size, upload.crc32c):
+                raise ConflictError(f"{upload.name} holds other bytes")
+            return False
+        self.replace(upload.name, content, upload.digest.hex())
+        return True
+
+    def download(self, downloads: Iterable[Download], done: Callable[[Download], None]) -> None:
+        self.calls.append("download")
+        for download in downloads:
+            info, content = self._objects.get(download.info.name, (None, b""))
+            if info is None or info.generation != download.info.generation:
+                raise IntegrityError(f"{download.info.name} is gone or was replaced")
+            if (info.size, info.crc32c) != (download.info.size, download.info.crc32c):
+                raise IntegrityError(f"{download.info.name} disagrees with its checksum")
+            with open(download.path, "xb") as file:
+                file.write(content)
+            done(download)
+
+    # By the back door: what no uploader does.
+
+    def replace(self, name: str, content: bytes, digest: str | None = None) -> None:
+        self._generation += 1
+        crc32c = google_crc32c.value(content)
+        info = ObjectInfo(name, len(content), crc32c, self._generation, digest)
+        self._objects[name] = (info, content)
+        self.written.append(name)
+
+    def delete(self, name: str) -> None:
+        del self._objects[name]
