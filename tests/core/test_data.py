@@ -1,0 +1,99 @@
+"""`Data` behaves as keras_remote's does."""
+
+import logging
+
+import pytest
+
+from keras_remote_airflow import Data
+from keras_remote_airflow.core.errors import InvalidInputError
+
+
+def test_local_path_becomes_absolute(tree, monkeypatch):
+    root = tree({"a.txt": "x"})
+    monkeypatch.chdir(root.parent)
+    assert Data("data").path == str(root)
+    assert Data("./data/../data/a.txt").path == str(root / "a.txt")
+
+
+def test_tilde_is_the_home_directory(tree, monkeypatch):
+    root = tree({"a.txt": "x"})
+    monkeypatch.setenv("HOME", str(root))
+    assert Data("~/a.txt").path == str(root / "a.txt")
+
+
+def test_directory_and_file_are_told_apart(tree):
+    root = tree({"a.txt": "x"})
+    assert Data(str(root)).is_dir is True
+    assert Data(f"{root}/").is_dir is True
+    assert Data(str(root / "a.txt")).is_dir is False
+    assert Data(str(root)).is_gcs is False
+
+
+def test_missing_path_is_a_file_not_found_error_that_names_both_spellings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="not/here") as caught:
+        Data("not/here")
+    assert str(tmp_path / "not/here") in str(caught.value)
+
+
+def test_empty_path_is_a_value_error():
+    with pytest.raises(ValueError, match="empty"):
+        Data("")
+
+
+@pytest.mark.parametrize(
+    ("uri", "is_dir"),
+    [
+        ("gs://bucket/data/", True),
+        ("gs://bucket/", True),
+        ("gs://bucket/data/train.csv", False),
+        ("gs://bucket/data", False),
+        ("gs://bucket/~/../x.csv", False),
+    ],
+)
+def test_cloud_storage_uri_is_kept_as_it_is(uri, is_dir):
+    data = Data(uri)
+    assert (data.path, data.is_gcs, data.is_dir) == (uri, True, is_dir)
+
+
+@pytest.mark.parametrize(
+    ("uri", "warns"),
+    [
+        ("gs://bucket/data", True),
+        ("gs://bucket/v1.2/data", True),
+        ("gs://bucket/data/", False),
+        ("gs://bucket/data/train.csv", False),
+        ("gs://bucket/", False),
+    ],
+)
+def test_uri_that_looks_like_a_directory_without_its_slash_draws_a_warning(uri, warns, caplog):
+    with caplog.at_level(logging.WARNING):
+        Data(uri)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warns
+    if warns:
+        assert f"{uri}/" in caplog.text
+
+
+def test_content_hash_of_cloud_storage_data_is_a_value_error():
+    with pytest.raises(ValueError, match="gs://bucket/data/"):
+        Data("gs://bucket/data/").content_hash()
+
+
+def test_content_hash_is_computed_anew_each_time(tree):
+    root = tree({"a": "x"})
+    data = Data(str(root))
+    before = data.content_hash()
+    (root / "a").write_text("y")
+    assert data.content_hash() != before
+
+
+def test_repr_shows_the_path_as_given(tree, monkeypatch):
+    monkeypatch.chdir(tree({}).parent)
+    assert repr(Data("data")) == "Data('data')"
+    assert repr(Data("gs://bucket/x.csv")) == "Data('gs://bucket/x.csv')"
+
+
+def test_broken_link_names_its_target(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(InvalidInputError, match="gone"):
+        Data(str(tmp_path / "link"))

@@ -1,0 +1,181 @@
+"""The content hash is keras_remote's, byte for byte; the snapshot says what was read."""
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import google_crc32c
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_remote_airflow import Data
+from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH, take_snapshot
+
+from . import reference
+
+# Computed by keras-kinetic 0.0.4 itself. Every published dataset is filed under such a name:
+# a digest that changes here loses all of them.
+DIRECTORIES = {
+    "nested": (
+        {"train.csv": "t", "sub/eval.csv": "e"},
+        "15d41417b45aa09c0450d8955b845bb278f2990728bcc5d919d62309a2c6ebee",
+    ),
+    "empty": ({}, "9d1ae5a6cdbe837d499a16cb32234ea2d953c60e8e8fdc88f84a3bbe2d629143"),
+    "order": (
+        {
+            "b": "1",
+            "a/z": "2",
+            "a.txt": "3",
+            "a/b/c": "4",
+            "B": "5",
+            "\u00e9": "6",
+            "a-1": "7",
+        },
+        "9f836e1ab727717bec4df8e5f0873c5a5d39e622134da5f88ea9ff0df295ddc7",
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "digest"), DIRECTORIES.values(), ids=DIRECTORIES)
+def test_digest_of_a_known_directory_never_changes(tree, files, digest):
+    assert Data(str(tree(files))).content_hash() == digest
+
+
+def test_digest_of_a_known_file_never_changes(tree):
+    path = tree({"config.json": '{"a":1}'}) / "config.json"
+    assert (
+        Data(str(path)).content_hash()
+        == "915c1cc0e2fface2fc152b6d831ef33f937fb56ce777f8d8e22c37c9a96dbc43"
+    )
+
+
+def test_the_reference_of_these_tests_agrees_with_the_known_digests(tree):
+    for name, (files, digest) in DIRECTORIES.items():
+        assert reference.content_hash(str(tree(files, name))) == digest
+
+
+def test_trees_that_collide_under_the_one_level_hash_get_different_digests(tree):
+    one = tree({"a": "X\0b\0Y"}, "one")
+    two = tree({"a": "X", "b": "Y"}, "two")
+    assert take_snapshot(str(one)).content_hash != take_snapshot(str(two)).content_hash
+
+
+def test_a_file_differs_from_the_directory_that_holds_only_it(tree):
+    root = tree({"a.txt": "x"})
+    assert take_snapshot(str(root)).content_hash != take_snapshot(str(root / "a.txt")).content_hash
+
+
+def test_a_file_is_hashed_under_its_name_and_a_directory_is_not(tree):
+    one, two = tree({"a": "x", "b": "x"}, "one"), tree({"a": "x", "b": "x"}, "two")
+    assert take_snapshot(str(one)).content_hash == take_snapshot(str(two)).content_hash
+    assert take_snapshot(str(one / "a")).content_hash != take_snapshot(str(one / "b")).content_hash
+
+
+def test_empty_subdirectories_modes_and_times_are_no_content(tree):
+    root = tree({"a": "x"})
+    before = take_snapshot(str(root)).content_hash
+    (root / "sub" / "deeper").mkdir(parents=True)
+    (root / "a").chmod(0o600)
+    os.utime(root / "a", (1, 1))
+    assert take_snapshot(str(root)).content_hash == before
+
+
+def test_files_of_every_size_hash_like_the_reference(tree):
+    # Around the size at which files go to threads, and enough of them to keep those busy.
+    sizes = [0, 1, 128 * 1024 - 1, 128 * 1024, 128 * 1024 + 1, 1024 * 1024, 3 * 1024 * 1024 + 7]
+    files = {f"{place}/{size}": bytes([place]) * size for place in range(6) for size in sizes}
+    root = tree(files)
+    snapshot = take_snapshot(str(root))
+    assert snapshot.content_hash == reference.content_hash(str(root))
+    assert snapshot.total_bytes == 6 * sum(sizes)
+    for file in snapshot.records():
+        content = files[file.path]
+        assert (file.size, file.crc32c) == (len(content), google_crc32c.value(content)), file.path
+        assert file.digest == reference.file_digest(file.path, content), file.path
+
+
+def test_a_single_large_file_hashes_like_the_reference(tmp_path):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(os.urandom(5 * 1024 * 1024 + 13))
+    assert take_snapshot(str(path)).content_hash == reference.content_hash(str(path))
+
+
+def test_snapshot_lists_the_files_in_the_order_of_the_hash(tree):
+    root = tree({"b": "1", "a/z": "2", "a.txt": "3", "a/b/c": "4", "B": "5", "é": "6", "a-1": "7"})
+    paths = [file.path for file in take_snapshot(str(root)).records()]
+    assert paths == ["B", "a-1", "a.txt", "b", "é", "a/z", "a/b/c"]
+    assert paths == [relative for relative, _ in reference.files_in_order(str(root))]
+
+
+def test_crc32c_is_the_castagnoli_one(tmp_path):
+    path = tmp_path / "check"
+    path.write_bytes(b"123456789")
+    [file] = take_snapshot(str(path)).records()
+    assert file.crc32c == 0xE3069283  # the check value of RFC 3720, B.4
+
+
+def test_linked_file_is_read(tree):
+    root = tree({"real.txt": "x"}, "linked")
+    (root / "link.txt").symlink_to(root / "real.txt")
+    plain = tree({"real.txt": "x", "link.txt": "x"}, "plain")
+    assert take_snapshot(str(root)).content_hash == take_snapshot(str(plain)).content_hash
+
+
+def test_linked_directory_is_not_followed_and_the_log_says_so_once(tree, caplog):
+    root = tree({"a": "x", "sub/b": "y"})
+    before = take_snapshot(str(root)).content_hash
+    outside = tree({"secret": "z"}, "outside")
+    (root / "shared").symlink_to(outside)
+    (root / "sub" / "loop").symlink_to(root)
+    with caplog.at_level(logging.WARNING):
+        assert take_snapshot(str(root)).content_hash == before
+    [record] = caplog.records
+    assert "shared" in record.getMessage()
+    assert "sub/loop" in record.getMessage()
+
+
+def test_thousand_linked_directories_make_one_short_line(tree, caplog):
+    root = tree({"a": "x"})
+    for number in range(1000):
+        (root / f"link-{number:04}").symlink_to(root)
+    with caplog.at_level(logging.WARNING):
+        take_snapshot(str(root))
+    [record] = caplog.records
+    assert "990 more" in record.getMessage()
+
+
+def test_link_to_a_directory_is_the_directory_when_it_is_the_data_itself(tree, tmp_path):
+    root = tree({"a": "x"})
+    (tmp_path / "current").symlink_to(root)
+    assert (
+        take_snapshot(str(tmp_path / "current")).content_hash
+        == take_snapshot(str(root)).content_hash
+    )
+
+
+def test_empty_directory_hash_is_the_known_one():
+    assert DIRECTORIES["empty"][1] == EMPTY_DIRECTORY_HASH
+
+
+_NAME = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=8
+).filter(lambda name: name not in (".", ".."))
+_TREES = st.dictionaries(
+    st.lists(_NAME, min_size=1, max_size=3).map("/".join), st.binary(max_size=20), max_size=12
+)
+
+
+@given(_TREES)
+@settings(max_examples=60, deadline=None)
+def test_any_tree_hashes_like_the_reference(files):
+    with tempfile.TemporaryDirectory() as folder:
+        for relative, content in files.items():
+            path = Path(folder, relative)
+            # "a" and "a/b" cannot both be files: the first one stays.
+            if any(parent.is_file() for parent in path.parents) or path.is_dir():
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        assert take_snapshot(folder).content_hash == reference.content_hash(folder)

@@ -1,0 +1,62 @@
+"""Importing the package is cheap, and core needs no Airflow."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(script: str, *args: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_package_loads_none_of_its_big_dependencies():
+    script = """
+import sys
+before = set(sys.modules)  # some environments load parts of google at start-up
+import keras_remote_airflow
+loaded = set(sys.modules) - before
+print(sorted(m for m in loaded if m.split(".")[0] in ("airflow", "aiohttp", "google")))
+assert dir(keras_remote_airflow), "and listing its names loads nothing either"
+print(len(set(sys.modules) - before - loaded))
+"""
+    assert run(script).split("\n")[:2] == ["[]", "0"]
+
+
+def test_unknown_name_is_an_attribute_error():
+    import keras_remote_airflow
+
+    with pytest.raises(AttributeError, match="no_such_name"):
+        keras_remote_airflow.no_such_name  # noqa: B018 - looking it up is the point
+
+
+def test_core_uploads_and_materializes_where_airflow_cannot_be_imported(tree, bucket, tmp_path):
+    root = tree({"train.csv": "t", "sub/eval.csv": "e"})
+    script = """
+import sys
+
+class NoAirflow:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "airflow":
+            raise ImportError(f"{name} was imported")
+
+sys.meta_path.insert(0, NoAirflow())
+from keras_remote_airflow import Data, upload_data, make_data_ref, materialize, is_data_ref
+from keras_remote_airflow.core.cache import find
+
+bucket, path, dest = sys.argv[1:]
+for layout in ("keras_remote", "kinetic"):
+    uri = upload_data(bucket, Data(path), layout=layout)
+    assert find(bucket, uri.rpartition("/")[2], layout=layout).files == 2
+ref = make_data_ref(uri, True)
+assert is_data_ref(ref)
+print(materialize(ref, dest))
+assert not [name for name in sys.modules if name.partition(".")[0] == "airflow"]
+"""
+    dest = str(tmp_path / "copy")
+    assert run(script, bucket.name, str(root), dest).strip() == dest
+    assert (tmp_path / "copy" / "sub" / "eval.csv").read_text() == "e"
