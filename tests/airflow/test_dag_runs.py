@@ -42,6 +42,18 @@ def test_upload_wait_and_use(airflow_home, run_dag, gcs_server, dataset, late_da
         "TEST_LATE_DATA": str(late_data),
         "TEST_CONTENT_HASH": content_hash,
     }
+    # A trigger has to fetch such a connection from the thread that may: see CacheTrigger.
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "airflow", "connections", "add", "in_the_database"),
+            *("--conn-type", "google_cloud_platform"),
+            *("--conn-extra", '{"is_anonymous": true, "project": "test-project"}'),
+        ],
+        env=airflow_home,
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
     run = run_dag(
         DAGS / "journeys.py",
         "journeys",

@@ -36,7 +36,13 @@ def journeys():
     # The server hides `late` from the first look of each of these.
     poke = CacheSensor(task_id="poke", data_ref=late.output, **WAITS)
     reschedule = CacheSensor(task_id="reschedule", data_ref=late.output, mode="reschedule", **WAITS)
-    deferred = CacheSensor(task_id="deferred", data_ref=late.output, deferrable=True, **WAITS)
+    deferred = CacheSensor(
+        task_id="deferred",
+        data_ref=late.output,
+        deferrable=True,
+        gcp_conn_id="in_the_database",
+        **WAITS,
+    )
 
     by_hash = CacheSensor(task_id="by_hash", content_hash=CONTENT_HASH, bucket_name=BUCKET, **WAITS)
     by_data = CacheSensor(
