@@ -8,6 +8,7 @@ mypy sees the newest.
 from typing import TYPE_CHECKING, Any
 
 try:
+    from airflow.providers.standard.operators.python import PythonOperator
     from airflow.sdk import (
         BaseOperator,
         BaseOperatorLink,
@@ -15,6 +16,10 @@ try:
         Context,
         PokeReturnValue,
     )
+    from airflow.sdk.bases.decorator import DecoratedOperator, task_decorator_factory
+
+    # The base of XComArg, and the one thing that Airflow 2 resolves when it renders templates.
+    from airflow.sdk.definitions._internal.mixins import ResolveMixin
     from airflow.sdk.execution_time.xcom import XCom
 
     # From here on SIGTERM only calls on_kill() and the task goes on; in 2.x Airflow itself raises
@@ -22,11 +27,14 @@ try:
     SIGTERM_RAISES = False
 except ImportError:  # Airflow 2
     if not TYPE_CHECKING:
+        from airflow.decorators.base import DecoratedOperator, task_decorator_factory
         from airflow.models.baseoperator import BaseOperator
         from airflow.models.baseoperatorlink import BaseOperatorLink
         from airflow.models.xcom import XCom
+        from airflow.operators.python import PythonOperator
         from airflow.sensors.base import BaseSensorOperator, PokeReturnValue
         from airflow.utils.context import Context
+        from airflow.utils.mixins import ResolveMixin
 
         SIGTERM_RAISES = True
 
@@ -66,12 +74,16 @@ __all__ = [
     "BaseSensorOperator",
     "BaseTrigger",
     "Context",
+    "DecoratedOperator",
     "PokeReturnValue",
+    "PythonOperator",
+    "ResolveMixin",
     "TaskInstanceKey",
     "TriggerEvent",
     "XCom",
     "conf",
     "make_gcs_hook",
+    "task_decorator_factory",
 ]
 
 

@@ -15,6 +15,9 @@ def get_provider_info() -> dict[str, Any]:
         "name": "Keras Remote",
         "description": "Content-addressed training data on Cloud Storage.",
         "extra-links": ["keras_remote_airflow.links.DatasetLink"],
+        "task-decorators": [
+            {"name": "local_data", "class-name": "keras_remote_airflow.decorators.local_data_task"}
+        ],
         "triggers": [
             {
                 "integration-name": "Keras Remote",

@@ -1,0 +1,203 @@
+"""`@task.local_data`: a TaskFlow task whose data refs arrive as verified local paths."""
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Any
+
+from keras_remote_airflow._compat import (
+    SIGTERM_RAISES,
+    Context,
+    DecoratedOperator,
+    PythonOperator,
+    task_decorator_factory,
+)
+from keras_remote_airflow.core.refs import is_data_ref, parse_data_ref
+from keras_remote_airflow.execution import connect, permanent_errors_fail_the_task
+
+
+def local_data_task(
+    python_callable: Callable[..., Any] | None = None,
+    multiple_outputs: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Make a task of a function, and local paths of the data refs among its arguments.
+
+    Every ref is replaced by the path of what it names, downloaded and verified as `materialize`
+    does it: the directory, or the file. Refs are found at any depth of dicts, lists, tuples and
+    dataclasses, whose types stay what they are; what a mapped task has pushed becomes a list if
+    there are refs in it. A ref that occurs twice is downloaded once. Where the ref says that a
+    training job should see the data (`mount_path`) is no concern of the worker, and is ignored.
+
+    Errors that stay true (a malformed ref, an unusable `dest`) fail the task at once; data that is
+    not what its ref names and refusals or outages of Cloud Storage are left to its `retries`.
+
+    Args:
+        python_callable: the function.
+        multiple_outputs: as for `@task`.
+        **kwargs: arguments of `@task`, and those of `LocalDataOperator`.
+    """
+    return task_decorator_factory(
+        python_callable=python_callable,
+        multiple_outputs=multiple_outputs,
+        decorated_operator_class=LocalDataOperator,
+        **kwargs,
+    )
+
+
+class LocalDataOperator(DecoratedOperator, PythonOperator):
+    """What `@task.local_data` makes of a function.
+
+    Args:
+        dest: directory on the worker below which the data is put, each dataset in a directory
+            named by its content. It stays there, and later tasks on that worker reuse it, verified
+            anew. None takes a temporary directory for this run of the task alone, which is removed
+            when the function has returned or raised: a path into it is of no use to other tasks.
+            Templated.
+        project_id: project id; None takes the connection's, then `KERAS_REMOTE_PROJECT` or
+            `GOOGLE_CLOUD_PROJECT`. Templated.
+        gcp_conn_id: id of the Google Cloud connection. It needs roles/storage.objectViewer on the
+            bucket. It is looked up only if there is a ref among the arguments. Templated.
+        impersonation_chain: service account to impersonate, or a chain of them whose last one is
+            impersonated. Templated.
+    """
+
+    template_fields: Sequence[str] = (
+        *PythonOperator.template_fields,
+        "dest",
+        "project_id",
+        "gcp_conn_id",
+        "impersonation_chain",
+    )
+    custom_operator_name = "@task.local_data"
+
+    _running = False
+
+    def __init__(
+        self,
+        *,
+        python_callable: Callable[..., Any],
+        op_args: Any = None,
+        op_kwargs: Any = None,
+        dest: str | None = None,
+        project_id: str | None = None,
+        gcp_conn_id: str = "google_cloud_default",
+        impersonation_chain: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        function = {
+            "python_callable": python_callable,
+            "op_args": op_args,
+            "op_kwargs": op_kwargs,
+        }
+        super().__init__(**function, kwargs_to_upstream=function, **kwargs)
+        self.dest = dest
+        self.project_id = project_id
+        self.gcp_conn_id = gcp_conn_id
+        self.impersonation_chain = impersonation_chain
+
+    def execute(self, context: Context) -> Any:
+        folder = self.dest or tempfile.mkdtemp(prefix="keras-remote-")
+        self._running = True
+        try:
+            paths = _Paths(self._fetcher(os.path.expanduser(folder)))
+            with permanent_errors_fail_the_task():
+                self.op_args = paths.put_into(self.op_args)
+                self.op_kwargs = paths.put_into(self.op_kwargs)
+            return super().execute(context)
+        finally:
+            self._running = False
+            if not self.dest:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def on_kill(self) -> None:
+        """End the download or the function, so that the temporary directory is removed.
+
+        As `DataUploadOperator.on_kill`: Airflow calls this in the thread that runs the task.
+        """
+        super().on_kill()
+        if self._running and not SIGTERM_RAISES:
+            raise SystemExit("killed")
+
+    def _fetcher(self, folder: str) -> Callable[[dict[str, Any]], str]:
+        client: Any = None
+
+        def fetch(ref: dict[str, Any]) -> str:
+            from keras_remote_airflow.core.materialize import materialize
+
+            nonlocal client
+            if client is None:
+                client, _ = connect(self.gcp_conn_id, self.impersonation_chain, self.project_id)
+            return materialize(ref | {"mount_path": None}, cache_dir=folder, client=client)
+
+        return fetch
+
+
+class _Paths:
+    """Puts paths where refs are; a value without refs is returned as it is, the very object.
+
+    Args:
+        fetch: returns the path for a ref; called once for each dataset.
+    """
+
+    def __init__(self, fetch: Callable[[dict[str, Any]], str]) -> None:
+        self._fetch = fetch
+        self._fetched: dict[tuple[str, bool], str] = {}
+
+    def put_into(self, value: Any) -> Any:
+        if is_data_ref(value):
+            return self._path(value)
+        if isinstance(value, dict):
+            return self._put_items(value, value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return self._put_fields(value)
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
+            return self._put_elements(value)
+        return value
+
+    def _path(self, ref: dict[str, Any]) -> str:
+        parsed = parse_data_ref(ref)
+        key = parsed.gcs_uri, parsed.is_dir
+        if key not in self._fetched:
+            self._fetched[key] = self._fetch(ref)
+        return self._fetched[key]
+
+    def _changes(self, items: dict[Any, Any]) -> dict[Any, Any]:
+        new = {key: self.put_into(item) for key, item in items.items()}
+        return {key: item for key, item in new.items() if item is not items[key]}
+
+    def _put_items(self, value: Any, items: dict[Any, Any]) -> Any:
+        changes = self._changes(items)
+        if not changes:
+            return value
+        changed = copy(value)  # an OrderedDict or a defaultdict stays one
+        changed.update(changes)
+        return changed
+
+    def _put_fields(self, value: Any) -> Any:
+        names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+        changes = self._changes({name: getattr(value, name) for name in names})
+        if not changes:
+            return value
+        # Not dataclasses.replace: it calls __init__, which may want or do other things.
+        changed = copy(value)
+        for name, item in changes.items():
+            object.__setattr__(changed, name, item)
+        return changed
+
+    def _put_elements(self, value: Sequence[Any]) -> Any:
+        old = list(value)
+        new = [self.put_into(item) for item in old]
+        if all(one is other for one, other in zip(old, new, strict=True)):
+            return value
+        if isinstance(value, tuple):
+            make = getattr(value, "_make", type(value))  # namedtuples take their fields one by one
+            return make(new)
+        if isinstance(value, list):
+            changed = copy(value)
+            changed[:] = new
+            return changed
+        return new
