@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= .demo
+BENCH_ARGS ?= --json docs/benchmark.json --plot docs/benchmark.png
 
 AIRFLOWS := 2.11 3.1 3.3
 NEWEST := $(lastword $(AIRFLOWS))
@@ -11,9 +12,10 @@ UV = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv
 # What `uv pip install` is to install.
 TESTED := --editable '.[demo]' --group test
 EVERYTHING := $(TESTED) --group lint
+BENCHED := --editable . --group bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all $(AIRFLOWS:%=test-%) lint lowest constraints $(AIRFLOWS:%=constraints-%) clean
+.PHONY: help demo test test-all $(AIRFLOWS:%=test-%) lint lowest bench constraints $(AIRFLOWS:%=constraints-%) constraints-bench clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -43,7 +45,10 @@ lowest: $(VENV)/.uv ## run the suite with the lowest versions pyproject.toml all
 	@$(UV) pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct $(TESTED)
 	@$(VENV)-lowest/bin/python -m pytest $(PYTEST_ARGS)
 
-constraints: $(AIRFLOWS:%=constraints-%) ## pin the newest versions again, for every Airflow line
+bench: $(VENV)-bench/.installed ## measure against keras-kinetic and others; a quarter of an hour
+	@$(VENV)-bench/bin/python tests/benchmarks/run.py $(BENCH_ARGS)
+
+constraints: $(AIRFLOWS:%=constraints-%) constraints-bench ## pin the newest versions again, for every Airflow line
 
 $(AIRFLOWS:%=constraints-%): constraints-%: $(VENV)/.uv
 	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-constraints
@@ -51,8 +56,14 @@ $(AIRFLOWS:%=constraints-%): constraints-%: $(VENV)/.uv
 	@$(UV) pip freeze --quiet --python $(VENV)-constraints/bin/python | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints/airflow-$*.txt
 	@rm -rf $(VENV)-constraints
 
+constraints-bench: $(VENV)/.uv
+	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-constraints
+	@$(UV) pip install --quiet --upgrade --python $(VENV)-constraints/bin/python 'apache-airflow==$(NEWEST).*' $(BENCHED)
+	@$(UV) pip freeze --quiet --python $(VENV)-constraints/bin/python | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints/bench.txt
+	@rm -rf $(VENV)-constraints
+
 clean: ## remove the environments, the demo's folder and all caches
-	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-constraints $(AIRFLOWS:%=$(VENV)-%) $(DEMO_DIR)
+	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-bench $(VENV)-constraints $(AIRFLOWS:%=$(VENV)-%) $(DEMO_DIR) .bench
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
 # The stamps keep warm runs from asking uv again.
@@ -66,6 +77,12 @@ $(VENV)/.uv:
 $(VENV)/.installed: $(VENV)/.uv pyproject.toml constraints/airflow-$(NEWEST).txt
 	@echo "Installing Airflow $(NEWEST) and the tools into $(VENV) ..."
 	@$(UV) pip install --quiet --python $(VENV)/bin/python --constraint constraints/airflow-$(NEWEST).txt $(EVERYTHING)
+	@touch $@
+
+$(VENV)-bench/.installed: $(VENV)/.uv pyproject.toml constraints/bench.txt
+	@echo "Installing everybody who is measured into $(VENV)-bench ..."
+	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-bench
+	@$(UV) pip install --quiet --python $(VENV)-bench/bin/python --constraint constraints/bench.txt $(BENCHED)
 	@touch $@
 
 $(VENV)-%/.installed: $(VENV)/.uv pyproject.toml constraints/airflow-%.txt
