@@ -1,0 +1,163 @@
+"""`python -m keras_remote_airflow.materialize`, started as a container starts it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from keras_remote_airflow import Data, make_data_ref, upload_data
+
+from .conftest import on_disk
+
+# runpy is what `python -m` does; before it, every import of Airflow is made to fail.
+WITHOUT_AIRFLOW = """
+import runpy, sys
+
+class NoAirflow:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "airflow":
+            raise ImportError(f"{name} was imported")
+
+sys.meta_path.insert(0, NoAirflow())
+runpy.run_module("keras_remote_airflow.materialize", run_name="__main__", alter_sys=True)
+"""
+FILES = {"train.csv": b"t", "sub/eval.csv": b"e"}
+
+
+def command(*args, stdin="", ref=None, program=("-m", "keras_remote_airflow.materialize")):
+    env = dict(os.environ)
+    env.pop("KERAS_REMOTE_DATA_REF", None)
+    if ref is not None:
+        env["KERAS_REMOTE_DATA_REF"] = ref
+    return subprocess.run(
+        [sys.executable, *program, *args],
+        input=stdin,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def ref(gcs_bucket, tree):
+    return make_data_ref(upload_data(gcs_bucket, Data(str(tree(FILES)))), True)
+
+
+@pytest.mark.parametrize("way", ["argument", "stdin", "variable", "repr", "uri"])
+def test_prints_the_path_and_nothing_else(ref, tmp_path, way):
+    dest, text = tmp_path / "dest", json.dumps(ref)
+    done = {
+        "argument": lambda: command(text, "--dest", dest),
+        "stdin": lambda: command("-", "--dest", dest, stdin=text + "\n"),
+        "variable": lambda: command("--dest", dest, ref=text),
+        "repr": lambda: command(repr(ref), "--dest", dest),
+        "uri": lambda: command(ref["gcs_uri"], "--dir", "--dest", dest),
+    }[way]()
+    assert (done.returncode, done.stdout) == (0, f"{dest}\n"), done.stderr
+    assert on_disk(dest) == FILES
+    assert "Materialized" in done.stderr
+
+
+def test_runs_where_airflow_cannot_be_imported(ref, tmp_path):
+    done = command(json.dumps(ref), "--dest", tmp_path / "dest", program=("-c", WITHOUT_AIRFLOW))
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'dest'}\n"), done.stderr
+
+
+def test_a_file_lands_in_dest_under_its_own_name(gcs_bucket, tree, tmp_path):
+    uri = upload_data(gcs_bucket, Data(str(tree(FILES) / "train.csv")))
+    done = command(uri, "--file", "--dest", tmp_path / "dest")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'dest' / 'train.csv'}\n")
+
+
+def test_without_dest_the_ref_decides(ref, tmp_path):
+    done = command(json.dumps(ref | {"mount_path": str(tmp_path / "mount")}))
+    assert done.stdout == f"{tmp_path / 'mount'}\n"
+
+
+def test_the_environment_is_not_asked_when_a_ref_is_passed(ref, tmp_path):
+    done = command(json.dumps(ref), "--dest", tmp_path / "dest", ref="not a ref")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "no data ref: pass one, or set KERAS_REMOTE_DATA_REF"),
+        (("-",), "no data ref"),
+        (("{}",), "not a data ref"),
+        (("no\nJSON",), "not a data ref"),
+        (("gs://test-bucket/raw",), "pass --dir or --file"),
+        (("gs://UPPER/raw/",), "invalid bucket name"),
+        (('{"__data_ref__": true}', "--dir"), "are for gs:// URIs"),
+        (('{"__data_ref__": true, "gcs_uri": "gs://abc"}',), "is_dir is not true or false"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line_and_exit_code_2(args, message, gcs_server):
+    done = command(*args)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert gcs_server.requests == []
+
+
+def test_bad_options_are_exit_code_2_too():
+    done = command("gs://test-bucket/raw", "--dir", "--file")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_bytes_are_exit_code_1(ref, gcs_server, tmp_path):
+    gcs_server.put("test-bucket", ref["gcs_uri"].split("/", 3)[3] + "/train.csv", b"x")
+    done = command(json.dumps(ref), "--dest", tmp_path / "dest")
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {ref['gcs_uri']} is not what its ref names")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "dest").exists()
+
+
+def test_an_unwritable_dest_is_exit_code_1(ref, tmp_path):
+    (tmp_path / "file").touch()
+    done = command(json.dumps(ref), "--dest", tmp_path / "file" / "dest")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_no_credentials_are_exit_code_1(monkeypatch, tmp_path):
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # otherwise it looks for a metadata server
+    done = command("gs://test-bucket/raw/")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: Your default credentials were not found"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "import keras_remote_airflow.materialize; import keras_remote_airflow as package",
+        "from keras_remote_airflow import materialize; import keras_remote_airflow.materialize; "
+        "import keras_remote_airflow as package; assert package.materialize is materialize",
+        "import keras_remote_airflow as package; package.materialize; "
+        "import keras_remote_airflow.materialize",
+        "import importlib; importlib.import_module('keras_remote_airflow.materialize'); "
+        "import keras_remote_airflow as package; import keras_remote_airflow.materialize",
+    ],
+)
+def test_the_packages_name_stays_the_function_in_every_order_of_import(script):
+    check = (
+        "\nfrom keras_remote_airflow.core.materialize import materialize as function"
+        "\nfrom keras_remote_airflow import materialize as name"
+        "\nassert name is package.materialize is function"
+    )
+    done = command(program=("-c", script + check))
+    assert done.returncode == 0, done.stderr
