@@ -27,7 +27,13 @@ from keras_remote_airflow.core.layout import (
     parse_marker,
 )
 from keras_remote_airflow.core.progress import Progress, format_bytes
-from keras_remote_airflow.core.store import ObjectStore, Upload, list_objects, open_store
+from keras_remote_airflow.core.store import (
+    ObjectStore,
+    Upload,
+    first_page,
+    list_objects,
+    open_store,
+)
 from keras_remote_airflow.core.transport import RetryPolicy
 
 _log = logging.getLogger(__name__)
@@ -186,7 +192,7 @@ def upload(
         hit = lookup(store, key, snapshot=snapshot, verify=verify) is not None
         if not hit:
             _warn_if_large(snapshot)
-            _publish(store, key, snapshot, sent)
+            publish(store, key, snapshot, sent)
     result = UploadResult(
         key.gcs_uri,
         snapshot.is_dir,
@@ -271,32 +277,15 @@ def lookup(
     return entry
 
 
-def _check_verify(verify: str) -> None:
-    if verify not in _VERIFY:
-        raise InvalidInputError(f"unknown verify {verify!r}: expected one of {list(_VERIFY)}")
+def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progress) -> None:
+    """Store the objects that are missing under `key`, then the marker.
 
-
-def _check_names(snapshot: Snapshot, key: CacheKey) -> None:
-    for name in snapshot.names():
-        check_relative_path(name, key.prefix)
-        if name == RESERVED_NAME.encode():
-            raise InvalidInputError(
-                f"{snapshot.local_path(RESERVED_NAME)}: this name is reserved for the cache's own "
-                "marker. Rename or remove the file."
-            )
-
-
-def _warn_if_large(snapshot: Snapshot) -> None:
-    if snapshot.total_bytes > _LARGE:
-        _log.warning(
-            "%s holds %s. For data of this size consider keeping it on Cloud Storage and passing "
-            'its URI (Data("gs://…")), with I/O that streams (tf.data, grain)',
-            snapshot.root,
-            format_bytes(snapshot.total_bytes),
-        )
-
-
-def _publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progress) -> None:
+    Args:
+        store: the bucket that `key` names.
+        key: the entry.
+        snapshot: the data.
+        sent: counts the files and bytes that were sent.
+    """
     missing = array("Q", _missing(store, key, snapshot, only_first_page=False))
     _log.info("Uploading %d of %d files to %s", len(missing), len(snapshot), key.gcs_uri)
 
@@ -330,13 +319,38 @@ def _publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progre
         parse_marker(store.read(key.marker_name) or b"", key)
 
 
+def _check_verify(verify: str) -> None:
+    if verify not in _VERIFY:
+        raise InvalidInputError(f"unknown verify {verify!r}: expected one of {list(_VERIFY)}")
+
+
+def _check_names(snapshot: Snapshot, key: CacheKey) -> None:
+    for name in snapshot.names():
+        check_relative_path(name, key.prefix)
+        if name == RESERVED_NAME.encode():
+            raise InvalidInputError(
+                f"{snapshot.local_path(RESERVED_NAME)}: this name is reserved for the cache's own "
+                "marker. Rename or remove the file."
+            )
+
+
+def _warn_if_large(snapshot: Snapshot) -> None:
+    if snapshot.total_bytes > _LARGE:
+        _log.warning(
+            "%s holds %s. For data of this size consider keeping it on Cloud Storage and passing "
+            'its URI (Data("gs://…")), with I/O that streams (tf.data, grain)',
+            snapshot.root,
+            format_bytes(snapshot.total_bytes),
+        )
+
+
 def _missing(
     store: ObjectStore, key: CacheKey, snapshot: Snapshot, *, only_first_page: bool
 ) -> Iterator[int]:
     """Yield which files of the snapshot have no object; raise ConflictError for foreign objects."""
     bound = None
     if only_first_page:
-        page = store.list_page(key.prefix)
+        page = first_page(store, key.prefix)
         objects = iter(page.objects)
         if page.next_token is not None:
             bound = page.objects[-1].name.removeprefix(key.prefix).encode()
@@ -365,16 +379,18 @@ def _disagreement(
     store: ObjectStore, key: CacheKey, receipt: Receipt | None, verify: str
 ) -> str | None:
     """Say how the objects under `key` disagree with its receipt, or return None."""
-    page = store.list_page(key.prefix)
-    whole = page.next_token is None or verify == "full"
-    objects = list_objects(store, key.prefix) if page.next_token and whole else page.objects
-    files = size = 0
-    for _, info in data_objects(objects, key.prefix):
-        files += 1
-        size += info.size
     if receipt is None:
         # Another client's marker says nothing of its objects; only the empty directory has none.
-        return None if files or key.content_hash == EMPTY_DIRECTORY_HASH else "it has no objects"
+        objects = data_objects(list_objects(store, key.prefix), key.prefix)
+        some = next(objects, None) is not None
+        return None if some or key.content_hash == EMPTY_DIRECTORY_HASH else "it has no objects"
+    page = first_page(store, key.prefix)
+    whole = page.next_token is None or verify == "full"
+    shown = list_objects(store, key.prefix) if page.next_token and whole else page.objects
+    files = size = 0
+    for _, info in data_objects(shown, key.prefix):
+        files += 1
+        size += info.size
     if whole and (files, size) != (receipt.files, receipt.total_bytes):
         return (
             f"it has {files} objects with {size} bytes where the marker says {receipt.files} with "

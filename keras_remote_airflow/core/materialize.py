@@ -38,6 +38,7 @@ from keras_remote_airflow.core.store import (
     Download,
     ObjectInfo,
     ObjectStore,
+    first_page,
     list_objects,
     open_store,
 )
@@ -126,7 +127,7 @@ class _Source:
         if self.ref.is_dir:
             prefix = name.rstrip("/") + "/" if name else ""
             return data_objects(list_objects(self.store, prefix), prefix)
-        page = self.store.list_page(name)
+        page = first_page(self.store, name)  # the name itself goes before all that begin with it
         return ((os.path.basename(name).encode(), o) for o in page.objects if o.name == name)
 
     def single_name(self) -> str:
@@ -252,7 +253,14 @@ def _download(source: _Source, folder: str) -> Progress:
 
     objects = source.objects()
     while batch := list(islice(objects, _BATCH)):
-        source.store.download(downloads(batch), lambda done: progress.add(1, done.info.size))
+        try:
+            source.store.download(downloads(batch), lambda done: progress.add(1, done.info.size))
+        except (FileExistsError, NotADirectoryError) as exc:
+            # The folder was empty: two object names claim one place, as "a" and "a/b" do.
+            place = os.path.relpath(exc.filename, folder)
+            raise IntegrityError(
+                f"{source.ref.gcs_uri} cannot be a directory: more than one object claims {place}"
+            ) from exc
     return progress
 
 

@@ -143,6 +143,18 @@ class ObjectStore(Protocol):
         """
 
 
+def first_page(store: ObjectStore, prefix: str) -> Page:
+    """Return the first page that shows anything.
+
+    Empty pages may come before it: only the missing token says that a listing is over, see
+    https://cloud.google.com/storage/docs/json_api/v1/objects/list.
+    """
+    page = store.list_page(prefix)
+    while not page.objects and page.next_token is not None:
+        page = store.list_page(prefix, page.next_token)
+    return page
+
+
 def list_objects(store: ObjectStore, prefix: str) -> Iterator[ObjectInfo]:
     """Yield every object whose name begins with `prefix`, in the byte order of the names."""
     token = None

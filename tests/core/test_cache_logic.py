@@ -1,0 +1,182 @@
+"""The order of things in the cache, on the double: marker last, resume, conflicts, pages."""
+
+import logging
+
+import pytest
+
+from keras_remote_airflow.core.cache import CacheEntry, lookup, publish
+from keras_remote_airflow.core.errors import ConflictError, MarkerError
+from keras_remote_airflow.core.hashing import Snapshot, take_snapshot
+from keras_remote_airflow.core.layout import KERAS_REMOTE, KINETIC, CacheKey
+from keras_remote_airflow.core.progress import Progress
+
+from .memory_store import MemoryStore
+
+FILES = {f"{number:02}": f"content {number}" for number in range(12)}
+
+
+@pytest.fixture
+def snapshot(tree):
+    return take_snapshot(str(tree(FILES)))
+
+
+@pytest.fixture(params=[KERAS_REMOTE, KINETIC], ids=lambda layout: layout.name)
+def key(request, snapshot):
+    return CacheKey("memory-bucket", "default", snapshot.content_hash, request.param)
+
+
+def put(store: MemoryStore, key: CacheKey, snapshot: Snapshot) -> Progress:
+    """Publish, and return what was sent."""
+    sent = Progress(logging.getLogger(__name__), "Uploading")
+    publish(store, key, snapshot, sent)
+    return sent
+
+
+class DyingStore(MemoryStore):
+    """Takes a few files and then fails, like a worker that is killed."""
+
+    def __init__(self, lives: int) -> None:
+        super().__init__()
+        self.lives = lives
+
+    def upload(self, uploads, done):
+        def mortal(upload, was_sent):
+            done(upload, was_sent)
+            self.lives -= 1
+            if self.lives == 0:
+                raise KeyboardInterrupt
+
+        super().upload(uploads, mortal)
+
+
+def test_marker_is_written_after_every_object(snapshot, key):
+    store = MemoryStore()
+    put(store, key, snapshot)
+    assert store.written == [*(key.object_name(name) for name in FILES), key.marker_name]
+
+
+def test_what_was_published_is_found_by_its_data_and_by_its_hash(snapshot, key):
+    store = MemoryStore()
+    put(store, key, snapshot)
+    entry = CacheEntry(key.gcs_uri, True, 12, snapshot.total_bytes)
+    assert lookup(store, key, snapshot=snapshot) == entry
+    assert lookup(store, key) == entry
+
+
+def test_objects_without_a_marker_are_no_entry(snapshot, key):
+    store = DyingStore(lives=12)
+    with pytest.raises(KeyboardInterrupt):
+        put(store, key, snapshot)
+    assert len(store.written) == 12
+    assert lookup(store, key, snapshot=snapshot) is None
+    assert lookup(store, key) is None
+
+
+def test_next_attempt_sends_only_what_a_dead_one_left_out(snapshot, key):
+    store = DyingStore(lives=5)
+    with pytest.raises(KeyboardInterrupt):
+        put(store, key, snapshot)
+    assert key.marker_name not in store.written
+    store.written.clear()
+    sent = put(store, key, snapshot)
+    assert store.written == [*(key.object_name(name) for name in list(FILES)[5:]), key.marker_name]
+    assert sent.files == 7
+
+
+def test_object_with_other_bytes_is_a_conflict_and_nothing_is_written(snapshot, key):
+    store = MemoryStore()
+    store.replace(key.object_name("03"), b"Content 3")
+    store.written.clear()
+    with pytest.raises(ConflictError, match=key.object_name("03")) as caught:
+        put(store, key, snapshot)
+    assert snapshot.local_path("03") in str(caught.value)
+    assert store.written == []
+
+
+@pytest.mark.parametrize("name", ["00a", "zz", "sub/x", "03/x"])
+def test_object_that_is_not_in_the_data_is_a_conflict(snapshot, key, name):
+    store = MemoryStore()
+    store.replace(key.object_name(name), b"")
+    store.written.clear()
+    with pytest.raises(ConflictError, match="not in the data"):
+        put(store, key, snapshot)
+    assert store.written == []
+
+
+def test_folder_objects_of_other_tools_are_no_conflict(snapshot, key):
+    store = MemoryStore()
+    for name in ("", "sub/", "sub/deeper/"):
+        store.replace(key.object_name(name), b"")
+    put(store, key, snapshot)
+    assert lookup(store, key, snapshot=snapshot, verify="full")
+    assert lookup(store, key, verify="full")
+
+
+def test_other_layouts_marker_is_no_conflict(snapshot):
+    store = MemoryStore()
+    ours = CacheKey("memory-bucket", "default", snapshot.content_hash)
+    theirs = CacheKey("memory-bucket", "default", snapshot.content_hash, KINETIC)
+    put(store, ours, snapshot)
+    assert lookup(store, theirs, snapshot=snapshot) is None
+    assert put(store, theirs, snapshot).files == 0
+    for key in (ours, theirs):
+        assert lookup(store, key, snapshot=snapshot, verify="full")
+        assert lookup(store, key, verify="full")
+
+
+def test_marker_of_a_faster_uploader_is_accepted(snapshot, key):
+    store = MemoryStore()
+    put(store, key, snapshot)
+    store.written.clear()
+    assert put(store, key, snapshot).files == 0
+    assert store.written == []
+
+
+def test_garbage_in_the_markers_place_is_no_success(snapshot, key):
+    store = MemoryStore()
+    store.replace(key.marker_name, b"garbage")
+    with pytest.raises(MarkerError):
+        lookup(store, key, snapshot=snapshot)
+    with pytest.raises(MarkerError):
+        put(store, key, snapshot)
+
+
+def test_lookup_reads_the_marker_and_one_page(snapshot, key):
+    store = MemoryStore(page_size=4)
+    put(store, key, snapshot)
+    for with_snapshot in (snapshot, None):
+        store.calls.clear()
+        assert lookup(store, key, snapshot=with_snapshot)
+        assert store.calls == ["read", "list_page"]
+
+
+def test_full_lookup_reads_all_pages_and_sees_what_the_first_does_not_show(snapshot, key, caplog):
+    store = MemoryStore(page_size=4)
+    put(store, key, snapshot)
+    store.delete(key.object_name("11"))
+    for with_snapshot in (snapshot, None):
+        assert lookup(store, key, snapshot=with_snapshot)
+        caplog.clear()
+        assert lookup(store, key, snapshot=with_snapshot, verify="full") is None
+        assert key.gcs_uri in caplog.text
+
+
+def test_absent_marker_costs_one_read(snapshot, key):
+    store = MemoryStore()
+    assert lookup(store, key, snapshot=snapshot) is None
+    assert store.calls == ["read"]
+
+
+@pytest.mark.parametrize("body", [None, b""], ids=["receipt", "empty marker"])
+@pytest.mark.parametrize("page_size", [1, 4, 1000])
+def test_empty_page_says_nothing(snapshot, key, body, page_size):
+    # "There may be more": Cloud Storage is free to send a page without objects and a next token.
+    store = MemoryStore(page_size, empty_pages=True)
+    put(store, key, snapshot)
+    if body is not None:
+        store.replace(key.marker_name, body)
+    for verify in ("page", "full"):
+        assert lookup(store, key, snapshot=snapshot, verify=verify)
+        assert lookup(store, key, verify=verify)
+    store.delete(key.object_name("00"))
+    assert lookup(store, key, snapshot=snapshot, verify="full") is None

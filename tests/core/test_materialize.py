@@ -1,0 +1,381 @@
+"""`materialize`: from a ref to verified bytes on disk, or an error and an untouched disk."""
+
+import json
+import os
+import stat
+import tempfile
+
+import pytest
+
+from keras_remote_airflow import make_data_ref, materialize
+from keras_remote_airflow.core.cache import upload
+from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, StoreError
+from keras_remote_airflow.core.layout import get_layout
+from keras_remote_airflow.core.refs import DataRef
+
+from .conftest import on_disk, writes
+
+FILES = {"train.csv": "t", "sub/eval.csv": "e", "sub/deeper/é.bin": "b" * 300_000}
+WANTED = {name: content.encode() for name, content in FILES.items()}
+
+
+@pytest.fixture(params=["keras_remote", "kinetic"])
+def layout(request):
+    return request.param
+
+
+@pytest.fixture
+def directory(tree, gcs_bucket, layout):
+    """The ref of a published directory."""
+    result = upload(gcs_bucket, str(tree(FILES)), layout=layout)
+    return DataRef(result.gcs_uri, True, None, get_layout(layout)).to_dict()
+
+
+@pytest.fixture
+def single(tree, gcs_bucket, layout):
+    """The ref of a published file."""
+    path = tree({"config.json": '{"a":1}'}, "single") / "config.json"
+    result = upload(gcs_bucket, str(path), layout=layout)
+    return DataRef(result.gcs_uri, False, None, get_layout(layout)).to_dict()
+
+
+def test_directory_becomes_the_destination(directory, tmp_path):
+    dest = tmp_path / "out"
+    assert materialize(directory, str(dest)) == str(dest)
+    assert on_disk(dest) == WANTED
+
+
+def test_file_goes_into_the_destination_under_its_own_name(single, tmp_path):
+    dest = tmp_path / "out"
+    assert materialize(single, str(dest)) == str(dest / "config.json")
+    assert on_disk(dest) == {"config.json": b'{"a":1}'}
+
+
+def test_destination_may_have_missing_parents_and_a_trailing_slash(directory, tmp_path):
+    dest = tmp_path / "a" / "b" / "c"
+    assert materialize(directory, f"{dest}/") == str(dest)
+    assert on_disk(dest) == WANTED
+
+
+def test_relative_destination_is_returned_absolute(single, directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert materialize(directory, "out") == str(tmp_path / "out")
+    assert materialize(directory, "out") == str(tmp_path / "out")
+    assert materialize(single, "one") == str(tmp_path / "one" / "config.json")
+
+
+@pytest.mark.parametrize("spell", [json.dumps, repr])
+def test_ref_may_be_text(directory, tmp_path, spell):
+    assert on_disk(tmp_path / "out") == {}
+    materialize(spell(directory), str(tmp_path / "out"))
+    assert on_disk(tmp_path / "out") == WANTED
+
+
+def test_ref_of_kinetic_itself_is_understood(tree, gcs_bucket, tmp_path):
+    result = upload(gcs_bucket, str(tree(FILES)), layout="kinetic")
+    ref = {"__data_ref__": True, "uri": result.gcs_uri, "is_dir": True, "fuse": False}
+    assert on_disk(type(tmp_path)(materialize(ref, str(tmp_path / "out")))) == WANTED
+
+
+def test_mount_path_is_the_default_destination(directory, single, tmp_path):
+    for ref in (directory, single):
+        ref["mount_path"] = str(tmp_path / f"mnt-{ref['is_dir']}")
+    assert materialize(directory) == directory["mount_path"]
+    assert materialize(single) == f"{single['mount_path']}/config.json"
+    assert materialize(directory, str(tmp_path / "named")) == str(tmp_path / "named")
+
+
+def test_default_destination_belongs_to_this_user_alone(directory, single, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    home = tmp_path / f"keras-remote-data-{os.getuid()}"
+    paths = [materialize(directory), materialize(single)]
+    assert paths[0] == str(home / directory["gcs_uri"].rpartition("/")[2])
+    assert paths[1] == str(home / single["gcs_uri"].rpartition("/")[2] / "config.json")
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert [materialize(directory), materialize(single)] == paths
+
+
+@pytest.mark.parametrize("trap", ["open to all", "a link", "a file"])
+def test_default_destination_that_others_prepared_is_refused(
+    directory, tmp_path, monkeypatch, trap
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    home = tmp_path / f"keras-remote-data-{os.getuid()}"
+    if trap == "a link":
+        home.symlink_to(tmp_path)
+    elif trap == "a file":
+        home.write_text("")
+    else:
+        home.mkdir()
+        home.chmod(0o777)
+    with pytest.raises(InvalidInputError, match=str(home)):
+        materialize(directory)
+
+
+def test_what_is_there_already_is_reused(tree, gcs_server, gcs_bucket, tmp_path):
+    root = tree(FILES)
+    refs = [
+        make_data_ref(upload(gcs_bucket, str(root)).gcs_uri, True),
+        make_data_ref(upload(gcs_bucket, str(root / "train.csv")).gcs_uri, False),
+    ]
+    for ref in refs:
+        dest = str(tmp_path / f"out-{ref['is_dir']}")
+        path = materialize(ref, dest)
+        inode = os.stat(path).st_ino
+        gcs_server.clear_requests()
+        assert materialize(ref, dest) == path
+        assert os.stat(path).st_ino == inode
+        assert [r for r in gcs_server.requests if r.query.get("alt") == "media"] == []
+
+
+def test_directory_that_is_there_already_needs_no_network(directory, tmp_path, monkeypatch):
+    path = materialize(directory, str(tmp_path / "out"))
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
+    assert materialize(directory, path) == path
+
+
+def test_empty_destination_is_filled(directory, tmp_path):
+    (tmp_path / "out").mkdir()
+    materialize(directory, str(tmp_path / "out"))
+    assert on_disk(tmp_path / "out") == WANTED
+
+
+OTHER_CONTENTS = {
+    "another file": lambda dest: (dest / "mine.txt").write_text("mine"),
+    "a changed file": lambda dest: (dest / "train.csv").write_text("T"),
+    "an extra file": lambda dest: (dest / "extra").write_text(""),
+    "a file less": lambda dest: (dest / "train.csv").unlink(),
+}
+
+
+@pytest.mark.parametrize("spoil", OTHER_CONTENTS.values(), ids=OTHER_CONTENTS)
+def test_destination_that_holds_something_else_is_refused_and_untouched(directory, tmp_path, spoil):
+    dest = tmp_path / "out"
+    materialize(directory, str(dest))
+    spoil(dest)
+    before = on_disk(dest)
+    with pytest.raises(InvalidInputError, match="holds something other") as caught:
+        materialize(directory, str(dest))
+    assert str(dest) in str(caught.value)
+    assert on_disk(dest) == before
+    assert sorted(os.listdir(tmp_path)) == ["data", "out"]
+
+
+def test_file_of_that_name_with_other_bytes_is_refused_and_untouched(single, tmp_path):
+    dest = tmp_path / "out"
+    dest.mkdir()
+    (dest / "config.json").write_text("mine")
+    with pytest.raises(InvalidInputError, match=r"config\.json"):
+        materialize(single, str(dest))
+    assert on_disk(dest) == {"config.json": b"mine"}
+
+
+def test_file_joins_what_else_is_in_the_destination(single, tmp_path):
+    dest = tmp_path / "out"
+    dest.mkdir()
+    (dest / "neighbour").write_text("mine")
+    materialize(single, str(dest))
+    assert on_disk(dest) == {"config.json": b'{"a":1}', "neighbour": b"mine"}
+
+
+def test_file_in_the_destinations_place_is_an_error_and_stays(directory, single, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    for ref in (directory, single):
+        with pytest.raises((InvalidInputError, OSError), match="out"):
+            materialize(ref, str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_link_in_the_destinations_place_is_never_followed_to_overwrite(directory, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "mine")
+    with pytest.raises(InvalidInputError):
+        materialize(directory, str(tmp_path / "out"))
+    assert on_disk(tmp_path / "mine") == {}
+
+
+@pytest.mark.parametrize("is_dir", [True, False])
+def test_no_marker_ever_reaches_the_disk(directory, single, tmp_path, is_dir):
+    materialize(directory if is_dir else single, str(tmp_path / "out"))
+    assert list((tmp_path / "out").rglob(".cache_marker")) == []
+
+
+def test_file_named_like_the_marker_below_the_top_is_data(tree, gcs_bucket, tmp_path, layout):
+    result = upload(gcs_bucket, str(tree({"sub/.cache_marker": "mine"})), layout=layout)
+    materialize(make_data_ref(result.gcs_uri, True), str(tmp_path / "out"))
+    assert on_disk(tmp_path / "out") == {"sub/.cache_marker": b"mine"}
+
+
+def test_empty_directory_comes_back_empty(tree, gcs_bucket, tmp_path, layout):
+    result = upload(gcs_bucket, str(tree({})), layout=layout)
+    materialize(make_data_ref(result.gcs_uri, True), str(tmp_path / "out"))
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_dataset_under_both_layouts_is_the_same_dataset(tree, gcs_bucket, tmp_path):
+    root = tree(FILES)
+    for layout in ("keras_remote", "kinetic"):
+        for path in (root, root / "train.csv"):
+            upload(gcs_bucket, str(path), layout=layout)
+    for layout in ("keras_remote", "kinetic"):
+        for path, is_dir in ((root, True), (root / "train.csv", False)):
+            uri = upload(gcs_bucket, str(path), layout=layout).gcs_uri
+            ref = DataRef(uri, is_dir, None, get_layout(layout)).to_dict()
+            got = materialize(ref, str(tmp_path / f"{layout}-{is_dir}"))
+            assert os.path.isdir(got) is is_dir
+
+
+def test_leftovers_of_a_killed_attempt_are_swept(directory, single, tmp_path):
+    for partial in (".out.partial", "one/.config.json.partial"):
+        (tmp_path / partial / "sub").mkdir(parents=True)
+        (tmp_path / partial / "train.csv").write_text("half")
+        (tmp_path / partial / "sub" / "junk").write_text("junk")
+        (tmp_path / partial / "link").symlink_to(tmp_path)
+    materialize(directory, str(tmp_path / "out"))
+    materialize(single, str(tmp_path / "one"))
+    assert on_disk(tmp_path / "out") == WANTED
+    assert os.listdir(tmp_path / "one") == ["config.json"]
+    assert sorted(os.listdir(tmp_path)) == ["data", "one", "out", "single"]
+
+
+def test_result_has_ordinary_permissions(directory, tmp_path):
+    before = os.umask(0o027)
+    try:
+        materialize(directory, str(tmp_path / "out"))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "out" / "train.csv").stat().st_mode) == 0o640
+
+
+# Data outside a cache.
+
+
+def put(bucket, files):
+    for name, content in files.items():
+        bucket.blob(name).upload_from_string(content)
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_plain_prefix_becomes_a_directory(bucket, tmp_path, slash):
+    put(bucket, {"raw/a": b"1", "raw/sub/b": b"2", "raw-other": b"3", "raw/": b"", "raw/c/": b""})
+    path = materialize(make_data_ref(f"gs://{bucket.name}/raw{slash}", True), str(tmp_path / "out"))
+    assert path == str(tmp_path / "out")
+    assert on_disk(tmp_path / "out") == {"a": b"1", "sub/b": b"2"}
+
+
+def test_plain_object_becomes_a_file(bucket, tmp_path):
+    put(bucket, {"raw/train.csv": b"1", "raw/train.csv.bak": b"2", "raw/train.csv/x": b"3"})
+    ref = make_data_ref(f"gs://{bucket.name}/raw/train.csv", False)
+    assert materialize(ref, str(tmp_path)) == str(tmp_path / "train.csv")
+    assert (tmp_path / "train.csv").read_bytes() == b"1"
+    assert materialize(ref, str(tmp_path)) == str(tmp_path / "train.csv")
+
+
+def test_plain_data_that_changed_gets_another_default_destination(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ref = make_data_ref(f"gs://{bucket.name}/raw/a", False)
+    put(bucket, {"raw/a": b"1"})
+    first = materialize(ref)
+    assert materialize(ref) == first
+    put(bucket, {"raw/a": b"2"})
+    second = materialize(ref)
+    with open(first, "rb") as old, open(second, "rb") as new:
+        assert (old.read(), new.read()) == (b"1", b"2")
+
+
+@pytest.mark.parametrize(("name", "is_dir"), [("absent", True), ("absent", False), ("raw", False)])
+def test_nothing_there_is_an_error_and_leaves_nothing(bucket, tmp_path, name, is_dir):
+    put(bucket, {"raw/a": b"1"})
+    with pytest.raises(IntegrityError, match=f"gs://{bucket.name}/{name}"):
+        materialize(make_data_ref(f"gs://{bucket.name}/{name}", is_dir), str(tmp_path / "out"))
+    assert on_disk(tmp_path) == {}
+
+
+# What is stored is not what the ref names.
+
+
+def test_wrong_kind_in_the_ref_is_an_error_and_leaves_nothing(directory, single, tmp_path):
+    before = sorted(os.listdir(tmp_path))
+    for ref in (directory, single):
+        ref["is_dir"] = not ref["is_dir"]
+        with pytest.raises(IntegrityError, match="gs://"):
+            materialize(ref, str(tmp_path / "out"))
+    assert on_disk(tmp_path / "out") == {}
+    assert sorted(set(os.listdir(tmp_path)) - {"out"}) == before
+
+
+TAMPERINGS = {
+    "other bytes": lambda bucket, prefix: put(bucket, {f"{prefix}/train.csv": b"T"}),
+    "more bytes": lambda bucket, prefix: put(bucket, {f"{prefix}/train.csv": b"tt"}),
+    "an object more": lambda bucket, prefix: put(bucket, {f"{prefix}/stray": b""}),
+    "an object less": lambda bucket, prefix: bucket.blob(f"{prefix}/train.csv").delete(),
+    "no objects": lambda bucket, prefix: [
+        blob.delete() for blob in bucket.list_blobs(prefix=prefix) if "marker" not in blob.name
+    ],
+}
+
+
+@pytest.mark.parametrize("tamper", TAMPERINGS.values(), ids=TAMPERINGS)
+def test_tampered_dataset_is_an_integrity_error_and_leaves_nothing(
+    directory, bucket, tmp_path, tamper
+):
+    tamper(bucket, directory["gcs_uri"].removeprefix(f"gs://{bucket.name}/"))
+    with pytest.raises(IntegrityError) as caught:
+        materialize(directory, str(tmp_path / "out"))
+    assert directory["gcs_uri"] in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == ["data"]
+
+
+# Object names that would lead out of the destination, or that no file can have.
+UNSAFE_NAMES = [
+    "../escape",
+    "../../escape",
+    "sub/../../escape",
+    "sub/..",
+    "..",
+    ".",
+    "./x",
+    "/escape",
+    "//escape",
+    "a//b",
+    "C:/escape",
+    "c:\\escape",
+    "nul\0byte",
+]
+
+
+@pytest.mark.parametrize("name", UNSAFE_NAMES)
+@pytest.mark.parametrize("prefix", ["raw", "default/data-cache/" + "a" * 64])
+def test_object_name_that_leads_out_is_refused_before_it_is_fetched(
+    gcs_server, gcs_bucket, tmp_path, prefix, name
+):
+    gcs_server.put(gcs_bucket, f"{prefix}/{name}", b"owned")
+    inside = tmp_path / "deep" / "inside"
+    with pytest.raises(InvalidInputError, match="unsafe relative path"):
+        materialize(make_data_ref(f"gs://{gcs_bucket}/{prefix}", True), str(inside / "out"))
+    assert on_disk(tmp_path) == {}
+    assert writes(gcs_server) == []
+
+
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a/b/c/d")])
+def test_name_that_is_a_file_and_a_directory_is_an_error_that_names_it(bucket, tmp_path, names):
+    put(bucket, {f"raw/{name}": b"x" for name in names})
+    with pytest.raises(IntegrityError, match=names[0]):
+        materialize(make_data_ref(f"gs://{bucket.name}/raw", True), str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_missing_bucket_is_an_error_of_its_own(gcs_bucket, tmp_path):
+    for is_dir in (True, False):
+        with pytest.raises(StoreError, match="no-such-bucket-here"):
+            materialize(make_data_ref("gs://no-such-bucket-here/x", is_dir), str(tmp_path / "out"))
+    assert on_disk(tmp_path) == {}
+
+
+def test_text_that_is_no_ref_is_refused_before_a_client_is_made(monkeypatch):
+    from google.cloud import storage
+
+    monkeypatch.setattr(storage, "Client", lambda **_: pytest.fail("a client was made"))
+    with pytest.raises(InvalidInputError, match="not a data ref"):
+        materialize("gs://bucket/data")
