@@ -1,0 +1,226 @@
+"""Bad input: one clear error that names the thing, and nothing written.
+
+Most data here is made of what a file system can hold and Cloud Storage, or a hash, cannot.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from keras_remote_airflow import Data
+from keras_remote_airflow.core.cache import upload
+from keras_remote_airflow.core.errors import InvalidInputError
+
+from .conftest import writes
+from .test_layout import BAD_BUCKETS, BAD_NAMESPACES
+
+pytestmark = pytest.mark.timeout(60)  # opening a FIFO or a device may wait for ever
+
+
+def _socket(path: Path) -> None:
+    # A path of more than 107 bytes is no address: bind from within the folder.
+    with socket.socket(socket.AF_UNIX) as server:
+        here = os.getcwd()
+        os.chdir(path.parent)
+        try:
+            server.bind(path.name)
+        finally:
+            os.chdir(here)
+
+
+def _file(name: str | bytes) -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        path = os.path.join(os.fsencode(root), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(b"x")
+
+    return make
+
+
+# What to put into a good directory, and what the error must say.
+BAD_CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "FIFO": (lambda root: os.mkfifo(root / "pipe"), r"/sub/pipe is a FIFO"),
+    "linked FIFO": (
+        lambda root: (os.mkfifo(root.parent / "f"), (root / "link").symlink_to(root.parent / "f")),
+        r"(link|/f) is a FIFO",
+    ),
+    "socket": (lambda root: _socket(root / "sock"), r"/sub/sock is a socket"),
+    "device": (lambda root: (root / "null").symlink_to("/dev/null"), r"/sub/null is a device"),
+    "endless device": (lambda r: (r / "zero").symlink_to("/dev/zero"), r"/sub/zero is a device"),
+    "broken link": (
+        lambda root: (root / "broken").symlink_to("gone"),
+        r"broken link: .*/sub/broken points to gone",
+    ),
+    "link to itself": (lambda root: (root / "loop").symlink_to("loop"), r"link.*/sub/loop"),
+    "links in a ring": (
+        lambda root: ((root / "ping").symlink_to("pong"), (root / "pong").symlink_to("ping")),
+        r"link.*/sub/p[io]ng",
+    ),
+    "name not UTF-8": (_file(b"caf\xe9.csv"), r"not UTF-8.*caf\\xe9\.csv"),
+    "folder not UTF-8": (_file(b"caf\xe9/a.csv"), r"not UTF-8.*caf\\xe9/a\.csv"),
+    "line feed": (_file("a\nb"), r"unsafe relative path 'sub/a\\nb'"),
+    "carriage return": (_file("a\rb"), r"unsafe relative path 'sub/a\\rb'"),
+    "line feed in a folder": (_file("a\nb/c"), r"unsafe relative path 'sub/a\\nb/c'"),
+    "long name": (_file("/".join(["d" * 200] * 5)), r"object name too long.*dddd.*1024"),
+    "long name in UTF-8": (_file("/".join(["é" * 120] * 4)), r"object name too long.*éééé.*1024"),
+    "marker": (_file("../.cache_marker"), r"/data/\.cache_marker: .*reserved"),
+    "drive letter": (_file("../C:/a.csv"), r"unsafe relative path 'C:/a\.csv'"),
+    "drive letter alone": (_file("../c:"), r"unsafe relative path 'c:'"),
+    "Windows path": (_file("../D:\\a.csv"), r"unsafe relative path 'D:\\\\a\.csv'"),
+}
+
+
+@pytest.fixture
+def good(tree):
+    return tree({"a.csv": "1", "sub/b.csv": "2", "z.csv": "3"})
+
+
+@pytest.mark.parametrize("case", BAD_CONTENTS)
+def test_bad_content_is_named_and_nothing_is_written(case, good, gcs_server, gcs_bucket):
+    spoil, message = BAD_CONTENTS[case]
+    spoil(good / "sub")
+    with pytest.raises(InvalidInputError, match=message):
+        upload(gcs_bucket, str(good))
+    assert gcs_server.requests == []
+
+
+def test_the_same_directory_without_them_is_fine(good, gcs_bucket):
+    assert upload(gcs_bucket, str(good)).files == 3
+
+
+SINGLES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: None, r"does not exist: .*/thing"),
+    "FIFO": (os.mkfifo, r"/thing is a FIFO"),
+    "socket": (_socket, r"/thing is a socket"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), r"/thing is a device"),
+    "broken link": (lambda path: path.symlink_to("gone"), r"broken link: .*/thing points to gone"),
+    "link to itself": (lambda path: path.symlink_to(path), r"link: .*/thing"),
+}
+
+
+@pytest.mark.parametrize("case", SINGLES)
+def test_bad_single_path_is_named_and_nothing_is_written(case, tmp_path, gcs_server, gcs_bucket):
+    make, message = SINGLES[case]
+    make(tmp_path / "thing")
+    with pytest.raises(InvalidInputError, match=message):
+        upload(gcs_bucket, str(tmp_path / "thing"))
+    assert gcs_server.requests == []
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.csv", b"a\nb", b"a\rb", b".cache_marker", b"C:"])
+def test_bad_name_of_a_single_file_is_named(name, tmp_path, gcs_server, gcs_bucket):
+    _file(name)(tmp_path)
+    with pytest.raises(InvalidInputError):
+        upload(gcs_bucket, os.fsdecode(os.path.join(os.fsencode(tmp_path), name)))
+    assert gcs_server.requests == []
+
+
+def test_special_files_are_never_opened(tmp_path):
+    for make in (os.mkfifo, _socket, lambda path: path.symlink_to("/dev/zero")):
+        root = Path(tempfile.mkdtemp(dir=tmp_path))
+        make(root / "special")
+        # In a process of its own: an audit hook stays for good.
+        script = """
+import sys
+from keras_remote_airflow.core.errors import InvalidInputError
+from keras_remote_airflow.core.hashing import take_snapshot
+opened = []
+sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
+try:
+    take_snapshot(sys.argv[1])
+except InvalidInputError as exc:
+    assert "special is a" in str(exc), exc
+else:
+    raise AssertionError("it was hashed")
+assert not [path for path in opened if "special" in str(path)], opened
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(root)], capture_output=True, text=True, timeout=30
+        )
+        assert done.returncode == 0, done.stderr
+
+
+UNREADABLE = {
+    "file": ("secret.csv", lambda root: (root / "secret.csv").chmod(0)),
+    "folder": ("locked", lambda root: (root / "locked").chmod(0)),
+    "folder without search": ("locked", lambda root: (root / "locked").chmod(0o400)),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_unreadable_content_is_named_and_nothing_is_written(case, gcs_server, gcs_bucket):
+    named, lock = UNREADABLE[case]
+    # Not tmp_path, which only its owner can enter; and as nobody, since root may read everything.
+    base = Path(tempfile.mkdtemp())
+    try:
+        base.chmod(0o755)
+        root = base / "data"
+        (root / "locked").mkdir(parents=True)
+        for name in ("a.csv", "secret.csv", "locked/b.csv"):
+            (root / name).write_text("x")
+        lock(root)
+        script = """
+import os, sys
+from google.cloud import storage
+from keras_remote_airflow.core.cache import upload
+from keras_remote_airflow.core.errors import InvalidInputError
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    upload(sys.argv[1], sys.argv[2])
+except InvalidInputError as exc:
+    print(exc)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", script, gcs_bucket, str(root)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"{root}/{named}" in done.stdout
+        assert "permission denied" in done.stdout
+        assert gcs_server.requests == []
+    finally:
+        for folder in (base / "data", base / "data" / "locked"):
+            folder.chmod(0o700)
+        shutil.rmtree(base)
+
+
+@pytest.mark.parametrize("bucket", BAD_BUCKETS, ids=repr)
+def test_bad_bucket_is_refused_before_anything_is_read(bucket, gcs_server):
+    with pytest.raises(InvalidInputError, match="invalid bucket name"):
+        upload(bucket, "/not/even/there")
+    assert gcs_server.requests == []
+
+
+@pytest.mark.parametrize("namespace", BAD_NAMESPACES, ids=repr)
+def test_bad_namespace_is_refused_before_anything_is_read(namespace, gcs_server, gcs_bucket):
+    with pytest.raises(InvalidInputError, match="invalid namespace_prefix"):
+        upload(gcs_bucket, "/not/even/there", None, namespace)
+    assert gcs_server.requests == []
+
+
+def test_namespace_that_leaves_no_room_is_refused_before_anything_is_written(
+    good, gcs_server, gcs_bucket
+):
+    for length in (935, 940, 1100):
+        with pytest.raises(InvalidInputError, match="too long"):
+            upload(gcs_bucket, str(good), None, "n" * length)
+    assert writes(gcs_server) == []
+
+
+@pytest.mark.parametrize("path", ["", "\0", "a\0b"])
+def test_path_that_no_file_can_have_is_a_value_error(path):
+    with pytest.raises(InvalidInputError, match=r"empty|does not exist"):
+        Data(path)
