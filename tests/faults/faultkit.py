@@ -201,18 +201,26 @@ class Tap:
         stop_after: client bytes after which the first connection that sends as many is left
             open but no longer read.
         pause: seconds to wait after each 64 KiB from the client.
+        flip_at: which byte of a connection to damage, once.
     """
 
-    def __init__(self, url: str, stop_after: int | None = None, pause: float = 0.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        stop_after: int | None = None,
+        pause: float = 0.0,
+        flip_at: int | None = None,
+    ) -> None:
         self._address = ("127.0.0.1", int(url.rpartition(":")[2]))
         self._stop_after = stop_after
         self._pause = pause
+        self._flip_at = flip_at
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         # Small, so that what was sent is soon taken.
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.stopped = 0
+        self.stopped = self.flipped = 0
 
     def __enter__(self) -> "Tap":
         threading.Thread(target=self._accept, daemon=True).start()
@@ -236,7 +244,11 @@ class Tap:
     def _up(self, near: socket.socket, far: socket.socket) -> None:
         sent = 0
         with suppress(OSError):
-            while data := near.recv(1 << 16):
+            while data := bytearray(near.recv(1 << 16)):
+                if self._flip_at is not None and sent + len(data) > self._flip_at:
+                    data[self._flip_at - sent] ^= 1
+                    self._flip_at = None
+                    self.flipped += 1
                 far.sendall(data)
                 sent += len(data)
                 if self._stop_after is not None and sent > self._stop_after:
