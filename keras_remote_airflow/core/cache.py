@@ -9,7 +9,7 @@ import logging
 import time
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from keras_remote_airflow.core.data import Data
@@ -52,12 +52,14 @@ class CacheEntry:
         is_dir: whether it is a directory; None if its marker does not say.
         files: number of data objects; None if its marker does not say.
         bytes: their total size; None likewise.
+        published_at: when its marker was written, RFC 3339 in UTC; None likewise. Not compared.
     """
 
     gcs_uri: str
     is_dir: bool | None
     files: int | None
     bytes: int | None
+    published_at: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class UploadResult:
         uploaded_files: how many of them this call sent.
         uploaded_bytes: the size of those.
         seconds: how long it took, hashing included.
+        published_at: of a hit, when its marker was written, RFC 3339 in UTC; None if the marker
+            does not say.
     """
 
     gcs_uri: str
@@ -85,6 +89,7 @@ class UploadResult:
     uploaded_files: int = 0
     uploaded_bytes: int = 0
     seconds: float = 0.0
+    published_at: str | None = None
 
     def stats(self) -> dict[str, Any]:
         """Return the figures as the JSON-safe dict that DataUploadOperator pushes."""
@@ -141,6 +146,7 @@ def upload(
     verify: str = "page",
     retry: RetryPolicy | None = None,
     hash_index: str | None = None,
+    dry_run: bool = False,
 ) -> UploadResult:
     """Make sure that `data` is on Cloud Storage, uploading what is not there yet.
 
@@ -162,6 +168,8 @@ def upload(
             `core.transport.RetryPolicy`.
         hash_index: local file that remembers the hashes of unchanged files, see `core.index`; None
             takes the environment's `KERAS_REMOTE_HASH_INDEX`, or reads every file.
+        dry_run: write nothing to Cloud Storage. Everything is read as ever, and the result says
+            what would have been uploaded, and where to.
 
     Returns:
         Where the data is and what was done.
@@ -189,27 +197,33 @@ def upload(
     _check_names(snapshot, key)
     sent = Progress(_log, f"Uploading to {key.gcs_uri}", len(snapshot), snapshot.total_bytes)
     with open_store(bucket_name, client, project, retry) as store:
-        hit = lookup(store, key, snapshot=snapshot, verify=verify) is not None
-        if not hit:
+        found = lookup(store, key, snapshot=snapshot, verify=verify)
+        if found is None:
             _warn_if_large(snapshot)
-            publish(store, key, snapshot, sent)
+            if dry_run:
+                for index in _missing(store, key, snapshot, only_first_page=False):
+                    sent.add(1, snapshot.record(index).size)
+            else:
+                publish(store, key, snapshot, sent)
     result = UploadResult(
         key.gcs_uri,
         snapshot.is_dir,
         snapshot.content_hash,
-        hit,
+        found is not None,
         len(snapshot),
         snapshot.total_bytes,
         sent.files,
         sent.bytes,
         round(time.monotonic() - started, 3),
+        found.published_at if found else None,
     )
     _log.info(
-        "%s: %s, %d files (%s), uploaded %d (%s) in %.1f s",
-        "Cache hit" if hit else "Uploaded",
+        "%s: %s, %d files (%s), %s %d (%s) in %.1f s",
+        "Cache hit" if found else "Dry run" if dry_run else "Uploaded",
         result.gcs_uri,
         result.files,
         format_bytes(result.bytes),
+        "would upload" if dry_run else "uploaded",
         result.uploaded_files,
         format_bytes(result.uploaded_bytes),
         result.seconds,
@@ -266,6 +280,7 @@ def lookup(
         entry = CacheEntry(key.gcs_uri, None, None, None)
         if receipt:
             entry = CacheEntry(key.gcs_uri, receipt.is_dir, receipt.files, receipt.total_bytes)
+    entry = replace(entry, published_at=receipt.created_at or None if receipt else None)
     if problem:
         _log.warning(
             "%s has its marker, but %s (a lifecycle rule may have deleted them): not a hit until "
