@@ -13,9 +13,11 @@ UV = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv
 TESTED := --editable '.[demo]' --group test
 EVERYTHING := $(TESTED) --group lint
 BENCHED := --editable . --group bench
+# What core and its tests need, without Airflow: the package itself goes in with --no-deps.
+KINETIC := keras-kinetic==0.0.4 google-cloud-storage aiohttp google-crc32c --group test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all $(AIRFLOWS:%=test-%) lint lowest bench constraints $(AIRFLOWS:%=constraints-%) constraints-bench clean
+.PHONY: help demo test test-all $(AIRFLOWS:%=test-%) test-kinetic lint lowest bench constraints $(AIRFLOWS:%=constraints-%) constraints-bench constraints-kinetic clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -35,6 +37,9 @@ test-$(NEWEST): test
 $(patsubst %,test-%,$(filter-out $(NEWEST),$(AIRFLOWS))): test-%: $(VENV)-%/.installed
 	@$(VENV)-$*/bin/python -m pytest $(PYTEST_ARGS)
 
+test-kinetic: $(VENV)-kinetic/.installed ## run core's suite beside keras-kinetic, with no Airflow installed
+	@$(VENV)-kinetic/bin/python -m pytest tests/kinetic tests/core $(PYTEST_ARGS)
+
 lint: $(VENV)/.installed ## ruff and mypy
 	@$(VENV)/bin/python -m ruff check
 	@$(VENV)/bin/python -m ruff format --check
@@ -48,7 +53,7 @@ lowest: $(VENV)/.uv ## run the suite with the lowest versions pyproject.toml all
 bench: $(VENV)-bench/.installed ## measure against keras-kinetic and others; a quarter of an hour
 	@$(VENV)-bench/bin/python tests/benchmarks/run.py $(BENCH_ARGS)
 
-constraints: $(AIRFLOWS:%=constraints-%) constraints-bench ## pin the newest versions again, for every Airflow line
+constraints: $(AIRFLOWS:%=constraints-%) constraints-bench constraints-kinetic ## pin the newest versions again, for every Airflow line
 
 $(AIRFLOWS:%=constraints-%): constraints-%: $(VENV)/.uv
 	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-constraints
@@ -62,8 +67,14 @@ constraints-bench: $(VENV)/.uv
 	@$(UV) pip freeze --quiet --python $(VENV)-constraints/bin/python | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints/bench.txt
 	@rm -rf $(VENV)-constraints
 
+constraints-kinetic: $(VENV)/.uv
+	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-constraints
+	@$(UV) pip install --quiet --upgrade --python $(VENV)-constraints/bin/python $(KINETIC)
+	@$(UV) pip freeze --quiet --python $(VENV)-constraints/bin/python | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints/kinetic.txt
+	@rm -rf $(VENV)-constraints
+
 clean: ## remove the environments, the demo's folder and all caches
-	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-bench $(VENV)-constraints $(AIRFLOWS:%=$(VENV)-%) $(DEMO_DIR) .bench
+	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-bench $(VENV)-kinetic $(VENV)-constraints $(AIRFLOWS:%=$(VENV)-%) $(DEMO_DIR) .bench
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
 # The stamps keep warm runs from asking uv again.
@@ -83,6 +94,13 @@ $(VENV)-bench/.installed: $(VENV)/.uv pyproject.toml constraints/bench.txt
 	@echo "Installing everybody who is measured into $(VENV)-bench ..."
 	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-bench
 	@$(UV) pip install --quiet --python $(VENV)-bench/bin/python --constraint constraints/bench.txt $(BENCHED)
+	@touch $@
+
+$(VENV)-kinetic/.installed: $(VENV)/.uv pyproject.toml constraints/kinetic.txt
+	@echo "Installing keras-kinetic, and this package without Airflow, into $(VENV)-kinetic ..."
+	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-kinetic
+	@$(UV) pip install --quiet --python $(VENV)-kinetic/bin/python --constraint constraints/kinetic.txt $(KINETIC)
+	@$(UV) pip install --quiet --python $(VENV)-kinetic/bin/python --no-deps --editable .
 	@touch $@
 
 $(VENV)-%/.installed: $(VENV)/.uv pyproject.toml constraints/airflow-%.txt
