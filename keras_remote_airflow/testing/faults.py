@@ -42,9 +42,10 @@ class Fault:
         status: for `action="status"`: answer with this status and do nothing else. With None the
             request is served normally, only later (`latency`) or with other `headers`.
         action: `status`; `drop_before` closes the connection before anything is stored (with
-            `after_bytes`: when that many bytes of the request body have arrived); `drop_after`
-            does all the work, then closes the connection without an answer; `stall` does the
-            work and never answers (with `after_bytes`: stops in the middle of the answer);
+            `after_bytes`: when that many bytes of the request body have arrived, and a shorter
+            one is served); `drop_after` does all the work, then closes the connection without an
+            answer; `stall` does the work and never answers (with `after_bytes`: stops in the
+            middle of the answer);
             `truncate` closes the connection in the middle of the answer; `corrupt` flips one bit
             of a download; `bad_hash` sends a wrong `x-goog-hash` with a download. The last two
             match downloads only.

@@ -244,7 +244,7 @@ class _App:
         self._log(request, None)
 
     def _answer(self, request: HttpRequest, fault: Fault | None) -> Response:
-        if fault is not None and fault.action == "drop_before":
+        if fault is not None and fault.action == "drop_before" and fault.after_bytes is None:
             return Response(0, drop=True)
         if fault is not None and fault.action == "status" and fault.status is not None:
             return _status_response(fault.status)

@@ -91,7 +91,7 @@ def test_a_large_file_goes_on_where_the_connection_broke(
     server: StorageServer, tmp_path: Path
 ) -> None:
     path = make_tree(tmp_path / "data", {"big": content(24 << 20)})
-    # Every second of these is the question how much has arrived.
+    # Every second one of these asks how much has arrived, and is answered.
     server.add_fault(
         Fault(method="PUT", path="upload_id", times=30, action="drop_before", after_bytes=1 << 20)
     )

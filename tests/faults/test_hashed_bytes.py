@@ -163,8 +163,8 @@ def test_a_file_that_changes_while_it_is_sent(
     server: StorageServer, tmp_path: Path, change: str
 ) -> None:
     path = make_tree(tmp_path / "data", {"file": content(SIZES["session"])})
-    half = {"action": "drop_before", "after_bytes": 2 << 20, "times": 0}
-    with held_at(server, path, method="PUT", **half) as uploading:
+    server.add_fault(Fault(method="PUT", action="drop_before", after_bytes=2 << 20))
+    with held_at(server, path, method="PUT", nth=2) as uploading:
         CHANGES[change](tmp_path / "data" / "file")
     with pytest.raises(DataChangedError, match=r"data/file changed .* nothing was published"):
         uploading.result()
