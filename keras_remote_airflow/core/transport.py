@@ -396,10 +396,12 @@ class _Sending:
     """
 
     def __init__(self, stall_timeout: float, body: Any) -> None:
-        self.body = self._watched(body) if isinstance(body, AsyncIterator) else body
+        self.body = self if isinstance(body, AsyncIterator) else body
+        self._pieces = body
         self._seconds = stall_timeout
         self._limit = asyncio.timeout(stall_timeout)
         self._going_on = False
+        self._begun = False
 
     async def __aenter__(self) -> Self:
         await self._limit.__aenter__()
@@ -415,8 +417,16 @@ class _Sending:
         self._going_on = False
         self._limit.reschedule(None)
 
-    async def _watched(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        async for piece in pieces:
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        # aiohttp sends a PUT again by itself when a connection it had kept breaks; before 3.14 it
+        # would go on in the middle of the body.
+        if self._begun:
+            raise ConnectionResetError("the connection broke")
+        self._begun = True
+        return self._watched()
+
+    async def _watched(self) -> AsyncIterator[bytes]:
+        async for piece in self._pieces:
             if self._going_on:
                 self._limit.reschedule(asyncio.get_running_loop().time() + self._seconds)
             yield piece

@@ -1,14 +1,16 @@
 """Connections that stop taking bytes, or take them slowly, which no status code can tell."""
 
+import asyncio
 import logging
 import traceback
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from faultkit import BIG, Tap, content, do_upload, make_tree, published
 
 from keras_remote_airflow.core.errors import StoreError
-from keras_remote_airflow.core.transport import RetryPolicy
+from keras_remote_airflow.core.transport import RetryPolicy, _Sending
 from keras_remote_airflow.testing import Fault, StorageServer
 
 
@@ -48,3 +50,17 @@ def test_a_slow_upload_is_no_stalled_one(server: StorageServer, tmp_path: Path) 
     with Tap(server.url, pause=0.008) as tap:
         result = do_upload(tap.url, path, once)
     assert published(server) == {result.content_hash: {"file"}}
+
+
+def test_a_body_is_never_sent_again_from_its_middle() -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"first"
+        yield b"second"
+
+    async def send_twice() -> None:
+        async with _Sending(1.0, pieces()) as sending:
+            assert await anext(aiter(sending.body)) == b"first"
+            with pytest.raises(ConnectionError):
+                aiter(sending.body)
+
+    asyncio.run(send_twice())
