@@ -1,0 +1,394 @@
+"""Hand a dataset over to a training task, in one line for each kind of task.
+
+    GKEStartPodOperator(..., **gcsfuse_pod_kwargs(upload, "/data"))
+    CreateCustomJobOperator(..., **vertex_custom_job_kwargs(upload, custom_job))
+
+Every function returns keyword arguments for an operator. They make that task depend on the upload,
+and give its container two environment variables, with DATA replaced by another `name`:
+
+    KERAS_REMOTE_DATA_PATH  the directory: the dataset itself, or the one that holds the single file
+    KERAS_REMOTE_DATA_REF   the ref, as JSON
+
+`upload` is always a DataUploadOperator, a CacheSensor, any other task that returns a ref, such a
+task's `.output`, or a ref that is known when the DAG is written. What is read from the ref is
+filled in when the task's templates are rendered.
+
+Who runs on keras-kinetic needs nothing from here: with `layout="kinetic"` the ref is handed to the
+kinetic function as it is. (docs/consumers.md has all of this as a cookbook.)
+"""
+
+import json
+import posixpath
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from keras_remote_airflow._compat import Context, ResolveMixin
+from keras_remote_airflow.core.errors import InvalidInputError
+from keras_remote_airflow.core.layout import split_gcs_uri
+from keras_remote_airflow.core.refs import DataRef, parse_data_ref
+from keras_remote_airflow.execution import permanent_errors_fail_the_task
+
+_COMMAND = ["python", "-m", "keras_remote_airflow.materialize"]
+# Where an init container sees the volume. The data goes into a directory inside, because a mount
+# point cannot be renamed into place.
+_VOLUME_PATH = "/keras-remote"
+_DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+
+
+def gcsfuse_pod_kwargs(
+    upload: Any,
+    mount_path: str | None = None,
+    *,
+    name: str = "data",
+    mount_options: str = "",
+    add_to: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Mount the dataset read-only with Cloud Storage FUSE, for a pod on GKE.
+
+    For KubernetesPodOperator, GKEStartPodOperator and @task.kubernetes. Nothing is copied and
+    nothing is verified: the container reads the objects below the dataset's prefix, and no others.
+
+    Args:
+        upload: the dataset, see the module.
+        mount_path: absolute path of the dataset in the container; None takes the ref's own.
+        name: tells several datasets of one pod apart: a DNS label, at most 32 characters.
+        mount_options: further mount options of Cloud Storage FUSE, separated by commas.
+        add_to: keyword arguments of the operator to add to, such as another call's, or
+            {"pod_template_dict": ...} with a template of your own. They are not changed.
+
+    Returns:
+        `add_to` with `pod_template_dict`.
+    """
+    pod = _Pod(add_to, name)
+    pod.metadata.setdefault("annotations", {})["gke-gcsfuse/volumes"] = "true"
+    pod.add_volume(
+        csi={
+            "driver": "gcsfuse.csi.storage.gke.io",
+            "readOnly": True,
+            "volumeAttributes": {
+                "bucketName": _fill_in(upload, "bucket", lambda ref: _folder(ref)[0]),
+                "mountOptions": _fill_in(
+                    upload, "mount options", lambda ref: _mount_options(ref, mount_options)
+                ),
+            },
+        }
+    )
+    pod.add_mount(upload, mount_path)
+    return pod.kwargs
+
+
+def materialize_pod_kwargs(
+    upload: Any,
+    mount_path: str | None = None,
+    *,
+    image: str,
+    name: str = "data",
+    volume: Mapping[str, Any] | None = None,
+    container: Mapping[str, Any] | None = None,
+    startup_timeout_seconds: int = 3600,
+    add_to: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Download and verify the dataset in an init container, for a pod on any cluster.
+
+    For KubernetesPodOperator, GKEStartPodOperator and @task.kubernetes. The training container
+    starts only if the data is, byte for byte, what the ref names, and sees it read-only.
+
+    Args:
+        upload: the dataset, see the module.
+        mount_path: absolute path of the dataset in the container; None takes the ref's own.
+        image: an image for the init container that has this package; it needs no Airflow.
+        name: tells several datasets of one pod apart: a DNS label, at most 32 characters.
+        volume: the source of the volume that holds the data, as in a pod's YAML; None is an
+            emptyDir, on the disk of the node.
+        container: more fields of the init container, as in a pod's YAML, such as `resources`.
+        startup_timeout_seconds: time that the pod may take to start once it is scheduled. The
+            operator's own default of 120 s would have to suffice for the download.
+        add_to: as for `gcsfuse_pod_kwargs`.
+
+    Returns:
+        `add_to` with `pod_template_dict`, `startup_timeout_seconds`, and `init_container_logs`, so
+        that what goes wrong shows in the task's log.
+    """
+    pod = _Pod(add_to, name)
+    dest = posixpath.join(_VOLUME_PATH, "data")
+    init: dict[str, Any] = {
+        "name": pod.label,
+        "image": image,
+        "command": [*_COMMAND, "--dest", dest],
+        **_copy_tree(container or {}),
+    }
+    init.setdefault("env", []).append(
+        {"name": "KERAS_REMOTE_DATA_REF", "value": _fill_in(upload, "ref", _to_json)}
+    )
+    init.setdefault("volumeMounts", []).append({"name": pod.label, "mountPath": _VOLUME_PATH})
+    pod.spec.setdefault("initContainers", []).append(init)
+    pod.add_volume(**(volume or {"emptyDir": {}}))
+    pod.add_mount(upload, mount_path, subPath=posixpath.basename(dest))
+    logs = pod.kwargs.get("init_container_logs") or []
+    if logs is not True:
+        others = [logs] if isinstance(logs, str) else logs
+        pod.kwargs["init_container_logs"] = [*others, pod.label]
+    pod.kwargs.setdefault("startup_timeout_seconds", startup_timeout_seconds)
+    return pod.kwargs
+
+
+def vertex_command_kwargs(
+    upload: Any,
+    command: Sequence[Any],
+    *,
+    name: str = "data",
+    materialize_at: str | None = None,
+) -> dict[str, Any]:
+    """Hand the dataset to a Vertex AI training job that is described by its container's command.
+
+    For CreateCustomContainerTrainingJobOperator, whose `args` and `environment_variables` are not
+    templated. The image needs `env`, as practically every image has it.
+
+    Args:
+        upload: the dataset, see the module.
+        command: what the container is to run. The operator's `args` still follow.
+        name: tells several datasets of one job apart: letters, digits and hyphens.
+        materialize_at: absolute path in the container that becomes the dataset, downloaded and
+            verified before the command is run (the image needs `sh` and this package); None
+            reads it through the mount at /gcs, unverified.
+
+    Returns:
+        `command`.
+    """
+    assignments = [
+        _fill_in(upload, variable, partial(_assignment, variable, make))
+        for variable, make in _vertex_variables(name, materialize_at).items()
+    ]
+    return {"command": ["env", *assignments, *_materialize_first(name, materialize_at), *command]}
+
+
+def vertex_custom_job_kwargs(
+    upload: Any,
+    custom_job: Mapping[str, Any],
+    *,
+    name: str = "data",
+    materialize_at: str | None = None,
+) -> dict[str, Any]:
+    """Hand the dataset to every worker of a Vertex AI custom job.
+
+    For CreateCustomJobOperator.
+
+    Args:
+        upload: the dataset, see the module.
+        custom_job: the job, as a dict. It is not changed. For several datasets pass what another
+            call made of it.
+        name: tells several datasets of one job apart: letters, digits and hyphens.
+        materialize_at: absolute path in the containers that becomes the dataset, downloaded and
+            verified before their commands are run (every worker pool needs a `container_spec` with
+            a `command`, its image needs `sh` and this package); None reads it through the mount at
+            /gcs, unverified.
+
+    Returns:
+        `custom_job`.
+    """
+    if not isinstance(custom_job, Mapping):
+        raise InvalidInputError(f"custom_job is a {type(custom_job).__name__}; expected a dict")
+    # Not deepcopy: what an earlier call left to be filled in must stay that.
+    job = _copy_tree(custom_job)
+    variables = _vertex_variables(name, materialize_at)
+    pools = (job.get("job_spec") or {}).get("worker_pool_specs")
+    if not pools:
+        raise InvalidInputError("custom_job has no job_spec with worker_pool_specs")
+    for number, pool in enumerate(pools):
+        spec = pool.get("container_spec") or pool.get("python_package_spec")
+        if spec is None:
+            if not pool:
+                continue  # Vertex AI's way to leave a pool out
+            raise InvalidInputError(
+                f"worker pool {number} of custom_job has neither a container_spec nor a "
+                "python_package_spec"
+            )
+        env = spec.setdefault("env", [])
+        if any(entry["name"] in variables for entry in env):
+            raise InvalidInputError(
+                f"custom_job has a dataset named {name!r} already: pass another name"
+            )
+        env += [
+            {"name": variable, "value": _fill_in(upload, variable, make)}
+            for variable, make in variables.items()
+        ]
+        if materialize_at:
+            if not spec.get("command"):
+                raise InvalidInputError(
+                    f"worker pool {number} of custom_job names no command, so nothing can be run "
+                    "before it: give its container_spec the image's entrypoint as `command`, or "
+                    "leave out materialize_at"
+                )
+            spec["command"] = [*_materialize_first(name, materialize_at), *spec["command"]]
+    return {"custom_job": job}
+
+
+class _FilledIn(ResolveMixin):
+    """Text that is made of the upload's ref when the task's templates are rendered.
+
+    An XComArg to Airflow: it sets the dependency, in a mapped task group too, where a Jinja
+    template would have to know the map index.
+    """
+
+    def __init__(self, output: Any, what: str, make: Callable[[DataRef], str]) -> None:
+        self._output = output
+        self._what = what
+        self._make = make
+
+    def iter_references(self) -> Any:
+        return self._output.iter_references()
+
+    def resolve(self, context: Context, **_: Any) -> str:
+        with permanent_errors_fail_the_task():
+            return self._make(parse_data_ref(self._output.resolve(context)))
+
+    def __repr__(self) -> str:
+        # Goes into the serialized DAG, so it must be the same at every parse.
+        tasks = ", ".join(task.task_id for task, _ in self.iter_references())
+        return f"<{self._what} from {tasks}>"
+
+
+def _fill_in(upload: Any, what: str, make: Callable[[DataRef], str]) -> Any:
+    if isinstance(upload, Mapping | str):
+        return make(parse_data_ref(upload))
+    output = upload if isinstance(upload, ResolveMixin) else getattr(upload, "output", None)
+    if not isinstance(output, ResolveMixin):
+        raise InvalidInputError(
+            f"upload is a {type(upload).__name__}; expected a DataUploadOperator, a CacheSensor, "
+            "the output of a task that returns a ref, or a ref"
+        )
+    return _FilledIn(output, what, make)
+
+
+class _Pod:
+    """A copy of an operator's keyword arguments, with a pod template to add a dataset to."""
+
+    def __init__(self, kwargs: Mapping[str, Any] | None, name: str) -> None:
+        _check_name(name)
+        self.label = f"keras-remote-{name}"
+        self._name = name
+        self.kwargs = dict(kwargs or {})
+        if self.kwargs.get("pod_template_file"):
+            raise InvalidInputError(
+                "the operator would ignore pod_template_dict for pod_template_file: load the file "
+                "and pass its content as pod_template_dict in add_to"
+            )
+        template = _copy_tree(self.kwargs.get("pod_template_dict") or {})
+        self.kwargs["pod_template_dict"] = template
+        template.setdefault("apiVersion", "v1")
+        template.setdefault("kind", "Pod")
+        self.metadata = template.setdefault("metadata", {})
+        self.spec = template.setdefault("spec", {})
+        # The operator merges its own container with the template's first, and names it.
+        containers = self.spec.setdefault("containers", [])
+        if not containers:
+            containers.append({"name": "base"})
+        self._base = containers[0]
+
+    def add_volume(self, **source: Any) -> None:
+        volumes = self.spec.setdefault("volumes", [])
+        if any(volume["name"] == self.label for volume in volumes):
+            raise InvalidInputError(
+                f"the pod has a dataset named {self._name!r} already: pass another name"
+            )
+        volumes.append({"name": self.label, **source})
+
+    def add_mount(self, upload: Any, mount_path: str | None, **more: Any) -> None:
+        def mounted(ref: DataRef) -> str:
+            path = mount_path or ref.mount_path
+            if not path or not path.startswith("/"):
+                raise InvalidInputError(
+                    f"mount_path is {path!r}; expected an absolute path, here or in the ref"
+                )
+            return path
+
+        if mount_path is not None and not mount_path.startswith("/"):
+            raise InvalidInputError(f"mount_path is {mount_path!r}; expected an absolute path")
+        where = mount_path or _fill_in(upload, "mount path", mounted)
+        self._base.setdefault("volumeMounts", []).append(
+            {"name": self.label, "mountPath": where, "readOnly": True, **more}
+        )
+        path, ref = _variables(self._name)
+        self._base.setdefault("env", []).extend(
+            [
+                {"name": path, "value": where},
+                {"name": ref, "value": _fill_in(upload, "ref", _to_json)},
+            ]
+        )
+
+
+def _variables(name: str) -> tuple[str, str]:
+    stem = f"KERAS_REMOTE_{name.upper().replace('-', '_')}"
+    return f"{stem}_PATH", f"{stem}_REF"
+
+
+def _check_name(name: str) -> None:
+    if not _DNS_LABEL.fullmatch(name):
+        raise InvalidInputError(
+            f"invalid name {name!r}: expected at most 32 lower-case letters, digits and hyphens"
+        )
+
+
+def _vertex_variables(name: str, materialize_at: str | None) -> dict[str, Callable[[DataRef], str]]:
+    _check_name(name)
+    if materialize_at is not None and not materialize_at.startswith("/"):
+        raise InvalidInputError(f"materialize_at is {materialize_at!r}; expected an absolute path")
+    path, ref = _variables(name)
+    return {path: lambda ref: materialize_at or _gcs_path(ref), ref: _to_json}
+
+
+def _materialize_first(name: str, materialize_at: str | None) -> list[str]:
+    if not materialize_at:
+        return []
+    path, ref = _variables(name)
+    # No $(...): Vertex AI takes it for a reference to an environment variable. The command prints
+    # a path, which would be taken for output of the job's own.
+    script = f'{" ".join(_COMMAND)} "${ref}" --dest "${path}" >&2 && exec "$@"'
+    return ["sh", "-c", script, "sh"]
+
+
+def _assignment(variable: str, make: Callable[[DataRef], str], ref: DataRef) -> str:
+    return f"{variable}={make(ref)}"
+
+
+def _to_json(ref: DataRef) -> str:
+    return _escaped(json.dumps(ref.to_dict()))
+
+
+def _gcs_path(ref: DataRef) -> str:
+    bucket, folder = _folder(ref)
+    return _escaped(posixpath.join("/gcs", bucket, folder))
+
+
+def _mount_options(ref: DataRef, more: str) -> str:
+    folder = _folder(ref)[1]
+    if "," in folder:
+        raise InvalidInputError(
+            f"Cloud Storage FUSE cannot mount {ref.gcs_uri} alone: its mount options are separated "
+            "by commas. Choose a namespace_prefix without one."
+        )
+    # implicit-dirs: the cache has no objects that stand for directories.
+    return ",".join(filter(None, ["implicit-dirs", folder and f"only-dir={folder}", more]))
+
+
+def _folder(ref: DataRef) -> tuple[str, str]:
+    """Return the bucket, and the prefix that is the dataset or holds the single file."""
+    bucket, name = split_gcs_uri(ref.gcs_uri)
+    if ref.is_dir or ref.cache_key:  # a cached file lies below the prefix that its ref names
+        return bucket, name.rstrip("/")
+    return bucket, posixpath.dirname(name)
+
+
+def _escaped(text: str) -> str:
+    """Keep Kubernetes, and Vertex AI on top of it, from expanding `$(NAME)`."""
+    return text.replace("$", "$$")
+
+
+def _copy_tree(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy_tree(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy_tree(item) for item in value]
+    return value
