@@ -45,7 +45,11 @@ def test_result_tells_what_a_miss_did_and_what_a_hit_did_not(tree, gcs_bucket):
     uri = f"gs://{gcs_bucket}/{PREFIX}"
     miss, hit = upload(gcs_bucket, path), upload(gcs_bucket, path)
     assert miss == UploadResult(uri, True, HASH, False, 2, 2, 2, 2, miss.seconds)
-    assert hit == UploadResult(uri, True, HASH, True, 2, 2, 0, 0, hit.seconds)
+    assert hit == UploadResult(
+        uri, True, HASH, True, 2, 2, 0, 0, hit.seconds, published_at=hit.published_at
+    )
+    assert miss.published_at is None
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", hit.published_at)
     assert hit.seconds > 0
 
 
