@@ -33,6 +33,7 @@ def train(run_dag, gcs_server, gcs_bucket, tmp_path):
             DAG_FILE,
             "train_digits",
             conf={"data_dir": str(tmp_path)},
+            KERAS_HOME=str(tmp_path / "keras"),  # else it makes ~/.keras
             AIRFLOW_VAR_KERAS_REMOTE_BUCKET=gcs_bucket,
             STORAGE_EMULATOR_HOST=gcs_server.url,
         )
