@@ -21,7 +21,8 @@ class Data:
         FileNotFoundError: a local path does not exist.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = os.fspath(path)
         if not path:
             raise InvalidInputError("data path must not be empty")
         self._raw_path = path

@@ -98,6 +98,10 @@ def materialize(
     with open_store(split_gcs_uri(parsed.gcs_uri)[0], client, project, retry) as store:
         source = _Source(store, parsed, key)
         target = os.path.abspath(target or _default_dest(source.fingerprint(), cache_dir))
+        if os.path.lexists(target) and not os.path.isdir(target):
+            raise InvalidInputError(
+                f"destination {target} is not a directory: choose one, or a path that is not there"
+            )
         if parsed.is_dir:
             folder, name = os.path.split(target)
             return _fetch(source, os.path.join(folder, f".{name}.partial"), target)

@@ -97,3 +97,7 @@ def test_broken_link_names_its_target(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(InvalidInputError, match="gone"):
         Data(str(tmp_path / "link"))
+
+
+def test_a_path_object_is_taken_as_its_path(tmp_path):
+    assert Data(tmp_path).path == str(tmp_path)

@@ -379,3 +379,11 @@ def test_text_that_is_no_ref_is_refused_before_a_client_is_made(monkeypatch):
     monkeypatch.setattr(storage, "Client", lambda **_: pytest.fail("a client was made"))
     with pytest.raises(InvalidInputError, match="not a data ref"):
         materialize("gs://bucket/data")
+
+
+def test_destination_that_is_a_file_is_refused_and_untouched(single, tmp_path):
+    dest = tmp_path / "out"
+    dest.write_text("mine")
+    with pytest.raises(InvalidInputError, match="is not a directory"):
+        materialize(single, str(dest))
+    assert dest.read_text() == "mine"
