@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from keras_remote_airflow.assets import ref_from_triggering_event
     from keras_remote_airflow.core.cache import upload_data
     from keras_remote_airflow.core.data import Data
     from keras_remote_airflow.core.materialize import materialize
@@ -26,6 +27,7 @@ __all__ = [
     "is_data_ref",
     "make_data_ref",
     "materialize",
+    "ref_from_triggering_event",
     "upload_data",
 ]
 
@@ -37,6 +39,7 @@ _HOME = {
     "is_data_ref": "core.refs",
     "make_data_ref": "core.refs",
     "materialize": "core.materialize",
+    "ref_from_triggering_event": "assets",
     "upload_data": "core.cache",
 }
 

@@ -5,11 +5,14 @@ old homes warn on the versions that have the new. `DeprecatedImportWarning` is a
 mypy sees the newest.
 """
 
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 try:
     from airflow.providers.standard.operators.python import PythonOperator
     from airflow.sdk import (
+        Asset,
+        AssetAlias,
         BaseOperator,
         BaseOperatorLink,
         BaseSensorOperator,
@@ -27,6 +30,8 @@ try:
     SIGTERM_RAISES = False
 except ImportError:  # Airflow 2
     if not TYPE_CHECKING:
+        from airflow.datasets import Dataset as Asset
+        from airflow.datasets import DatasetAlias as AssetAlias
         from airflow.decorators.base import DecoratedOperator, task_decorator_factory
         from airflow.models.baseoperator import BaseOperator
         from airflow.models.baseoperatorlink import BaseOperatorLink
@@ -58,6 +63,12 @@ except ImportError:  # Airflow 3.1 and older
     if not TYPE_CHECKING:
         from airflow.configuration import conf
 
+try:
+    from airflow.sdk.observability.stats import Stats
+except ImportError:  # Airflow 3.1 and older
+    if not TYPE_CHECKING:
+        from airflow.stats import Stats
+
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 if TYPE_CHECKING:
@@ -69,6 +80,8 @@ __all__ = [
     "AirflowFailException",
     "AirflowSensorTimeout",
     "AirflowSkipException",
+    "Asset",
+    "AssetAlias",
     "BaseOperator",
     "BaseOperatorLink",
     "BaseSensorOperator",
@@ -78,11 +91,15 @@ __all__ = [
     "PokeReturnValue",
     "PythonOperator",
     "ResolveMixin",
+    "Stats",
     "TaskInstanceKey",
     "TriggerEvent",
+    "TriggeringEvent",
     "XCom",
     "conf",
+    "get_triggering_events",
     "make_gcs_hook",
+    "make_operator_lineage",
     "task_decorator_factory",
 ]
 
@@ -92,3 +109,46 @@ def make_gcs_hook(**arguments: Any) -> "GCSHook":
     from airflow.providers.google.cloud.hooks.gcs import GCSHook
 
     return GCSHook(**arguments)
+
+
+class TriggeringEvent(NamedTuple):
+    """One of the asset events that made a scheduler create a run.
+
+    Attributes:
+        timestamp: when it happened.
+        extra: what the task that caused it said about it.
+        sources: URI of the asset, and the names of the aliases it came through.
+    """
+
+    timestamp: datetime
+    extra: dict[str, Any]
+    sources: set[str]
+
+
+def get_triggering_events(context: Context) -> list[TriggeringEvent]:
+    """Return the asset events that the run was created for; none if it was triggered by hand."""
+    values: Any = context
+    if "triggering_asset_events" in values:
+        # Its keys are aliases too, which name the same events once more.
+        found = [
+            (asset.uri, event)
+            for asset, events in values["triggering_asset_events"].items()
+            if isinstance(asset, Asset)
+            for event in events
+        ]
+    else:  # Airflow 2 calls assets datasets
+        datasets = values.get("triggering_dataset_events", {})
+        found = [(uri, event) for uri, events in datasets.items() for event in events]
+    return [
+        TriggeringEvent(
+            event.timestamp, event.extra, {uri, *(alias.name for alias in event.source_aliases)}
+        )
+        for uri, event in found
+    ]
+
+
+def make_operator_lineage(**arguments: Any) -> Any:
+    """Return an OperatorLineage. Only the OpenLineage provider asks for one, so it is installed."""
+    from airflow.providers.openlineage.extractors import OperatorLineage
+
+    return OperatorLineage(**arguments)

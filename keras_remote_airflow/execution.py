@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, NamedTuple
 
-from keras_remote_airflow._compat import AirflowFailException, make_gcs_hook
+from keras_remote_airflow._compat import AirflowFailException, Context, make_gcs_hook
 from keras_remote_airflow.core.errors import PERMANENT_ERRORS
 from keras_remote_airflow.core.project import resolve_project
 
@@ -43,3 +44,16 @@ def permanent_errors_fail_the_task() -> Iterator[None]:
         yield
     except PERMANENT_ERRORS as exc:
         raise AirflowFailException(str(exc)) from exc
+
+
+def is_work_of_an_earlier_try(context: Context, happened_at: str | None) -> bool:
+    """Return whether this is a retry, and something happened since its DAG run began.
+
+    Args:
+        context: the running task's.
+        happened_at: RFC 3339, in whole seconds; None if nobody knows.
+    """
+    if happened_at is None or context["ti"].try_number < 2:
+        return False
+    began = context["dag_run"].start_date
+    return began is not None and datetime.fromisoformat(happened_at) >= began.replace(microsecond=0)

@@ -21,6 +21,7 @@ class Lookup:
 
     Attributes:
         bucket_name, namespace_prefix, layout, content_hash: the cache entry.
+        verify: how much of the listing to look at: "page" (the first 1,000 objects) or "full".
         is_dir: whether it is a directory, for markers that do not say; None if unknown.
         mount_path: passed on into the ref.
         gcp_conn_id, impersonation_chain, project_id: see `execution.connect`.
@@ -35,6 +36,7 @@ class Lookup:
     gcp_conn_id: str = "google_cloud_default"
     impersonation_chain: str | list[str] | None = None
     project_id: str | None = None
+    verify: str = "page"
 
     def __str__(self) -> str:
         return f"{self.content_hash} in gs://{self.bucket_name}/{self.namespace_prefix}"
@@ -64,6 +66,7 @@ class Lookup:
                 self.namespace_prefix,
                 client=connection.client,
                 layout=self.layout,
+                verify=self.verify,
             )
         except StoreError as exc:
             if not exc.transient:

@@ -3,14 +3,29 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from keras_remote_airflow._compat import SIGTERM_RAISES, BaseOperator, Context
+from keras_remote_airflow._compat import (
+    SIGTERM_RAISES,
+    AirflowSkipException,
+    BaseOperator,
+    Context,
+)
+from keras_remote_airflow.assets import describe_events
+from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.layout import get_layout
 from keras_remote_airflow.core.refs import DataRef
-from keras_remote_airflow.execution import connect, permanent_errors_fail_the_task
+from keras_remote_airflow.execution import (
+    connect,
+    is_work_of_an_earlier_try,
+    permanent_errors_fail_the_task,
+)
 from keras_remote_airflow.links import DatasetLink
+from keras_remote_airflow.metrics import count_upload
 
 if TYPE_CHECKING:
+    from keras_remote_airflow.core.cache import UploadResult
     from keras_remote_airflow.core.data import Data
+
+_ON_CACHE_HIT = ("continue", "skip")
 
 
 class DataUploadOperator(BaseOperator):
@@ -23,6 +38,14 @@ class DataUploadOperator(BaseOperator):
     XComs: `return_value` is the ref, a plain dict (see `core.refs`), each of its fields is pushed
     too (`upload.output["gcs_uri"]` works), and `upload_stats` is {"content_hash", "cache_hit",
     "files", "bytes", "uploaded_files", "uploaded_bytes", "seconds"}.
+
+    Outlets: an `AssetAlias` (Airflow 2: `DatasetAlias`) gets an event only when the data is new,
+    so a DAG scheduled on it runs once per changed dataset; an `Asset` gets one on every success,
+    as ever. Both events carry the ref and the content hash, see `assets`. Data is new when it was
+    not published before; a retry counts what an earlier try of the same run published as new, and
+    `gs://` data, which has no hash, always is.
+
+    Metrics: see `metrics`. OpenLineage, where its provider is installed: see `lineage`.
 
     A kill or `execution_timeout` stops the transfer; nothing is published, and a retry uploads
     only what is missing. Errors that stay true (bad input, a conflict, an unreadable marker) fail
@@ -41,6 +64,13 @@ class DataUploadOperator(BaseOperator):
         impersonation_chain: service account to impersonate, or a chain of them whose last one is
             impersonated. Templated.
         layout: "keras_remote", or "kinetic" to share the cache with keras-kinetic. Templated.
+        verify: how much of the listing a hit is checked against: "page" (the first 1,000 objects,
+            one request) or "full". Templated.
+        hash_index: file on the worker that remembers the hashes of unchanged files, see
+            `core.index`; None takes the worker's `KERAS_REMOTE_HASH_INDEX`, or reads every file.
+            Templated.
+        on_cache_hit: "continue", or "skip" to end as skipped, and with it what is downstream, when
+            the data is not new. The XComs are pushed either way.
     """
 
     template_fields: Sequence[str] = (
@@ -52,11 +82,14 @@ class DataUploadOperator(BaseOperator):
         "gcp_conn_id",
         "impersonation_chain",
         "layout",
+        "verify",
+        "hash_index",
     )
     operator_extra_links = (DatasetLink(),)
     ui_color = "#d2e3fc"
 
     _transferring = False
+    _result: "UploadResult | None" = None
 
     def __init__(
         self,
@@ -69,6 +102,9 @@ class DataUploadOperator(BaseOperator):
         gcp_conn_id: str = "google_cloud_default",
         impersonation_chain: str | Sequence[str] | None = None,
         layout: str = "keras_remote",
+        verify: str = "page",
+        hash_index: str | None = None,
+        on_cache_hit: str = "continue",
         multiple_outputs: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -81,33 +117,75 @@ class DataUploadOperator(BaseOperator):
         self.gcp_conn_id = gcp_conn_id
         self.impersonation_chain = impersonation_chain
         self.layout = layout
+        self.verify = verify
+        self.hash_index = hash_index
+        self.on_cache_hit = on_cache_hit
+        if on_cache_hit not in _ON_CACHE_HIT:
+            raise InvalidInputError(
+                f"DataUploadOperator task {self.task_id!r}: unknown on_cache_hit "
+                f"{on_cache_hit!r}: expected one of {list(_ON_CACHE_HIT)}"
+            )
 
     def execute(self, context: Context) -> dict[str, Any]:
+        self._result = None
+        with permanent_errors_fail_the_task():
+            result = self._result = self._upload()
+        count_upload(result, {"dag_id": self.dag_id, "task_id": self.task_id})
+        layout = get_layout(self.layout)
+        ref = DataRef(result.gcs_uri, result.is_dir, self.mount_path, layout).to_dict()
+        # Airflow adds events only when a task succeeds. If the try that published the data did not
+        # live to see that, its retry finds a hit, and has to speak for it.
+        is_new = not result.cache_hit or is_work_of_an_earlier_try(context, result.published_at)
+        describe_events(context, self.outlets, ref, result.content_hash, is_new=is_new)
+        context["ti"].xcom_push(key="upload_stats", value=result.stats())
+        if self.on_cache_hit == "skip" and not is_new:
+            for key, value in {
+                "return_value": ref,
+                **(ref if self.multiple_outputs else {}),
+            }.items():
+                context["ti"].xcom_push(key=key, value=value)
+            raise AirflowSkipException(f"{result.gcs_uri} is published already: nothing new")
+        return ref
+
+    def dry_run(self) -> None:
+        """Log what would be uploaded, and where to; write nothing to Cloud Storage.
+
+        On Airflow 2 `airflow tasks test --dry-run` calls this; Airflow 3 has no such option.
+        """
+        super().dry_run()
+        self._upload(dry_run=True)
+
+    def _upload(self, *, dry_run: bool = False) -> "UploadResult":
         from keras_remote_airflow.core.cache import upload
         from keras_remote_airflow.core.data import Data
 
-        with permanent_errors_fail_the_task():
-            data = self.data if isinstance(self.data, Data) else Data(self.data)
-            client = project = None
-            if not data.is_gcs:
-                client, project = connect(
-                    self.gcp_conn_id, self.impersonation_chain, self.project_id
-                )
-            self._transferring = True
-            try:
-                result = upload(
-                    self.bucket_name,
-                    data,
-                    project,
-                    self.namespace_prefix,
-                    client=client,
-                    layout=self.layout,
-                )
-            finally:
-                self._transferring = False
-        context["ti"].xcom_push(key="upload_stats", value=result.stats())
-        layout = get_layout(self.layout)
-        return DataRef(result.gcs_uri, result.is_dir, self.mount_path, layout).to_dict()
+        data = self.data if isinstance(self.data, Data) else Data(self.data)
+        client = project = None
+        if not data.is_gcs:
+            client, project = connect(self.gcp_conn_id, self.impersonation_chain, self.project_id)
+        self._transferring = True
+        try:
+            return upload(
+                self.bucket_name,
+                data,
+                project,
+                self.namespace_prefix,
+                client=client,
+                layout=self.layout,
+                verify=self.verify,
+                hash_index=self.hash_index,
+                dry_run=dry_run,
+            )
+        finally:
+            self._transferring = False
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:  # noqa: ARG002 - OpenLineage's signature
+        """Tell Airflow's OpenLineage provider what was read and written."""
+        from keras_remote_airflow.core.data import Data
+        from keras_remote_airflow.lineage import describe_upload
+
+        data = self.data if isinstance(self.data, Data) else Data(self.data)
+        return describe_upload(data.path, self._result)
 
     def on_kill(self) -> None:
         """Stop the transfer.

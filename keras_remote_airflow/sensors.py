@@ -67,11 +67,17 @@ class CacheSensor(BaseSensorOperator):
             bucket. Templated.
         impersonation_chain: service account to impersonate, or a chain of them whose last one is
             impersonated. Templated.
-        deferrable: look once, then wait in the triggerer, every `poke_interval` seconds and without
-            exponential backoff, for `timeout` seconds. Needs a triggerer: an environment without
-            one wants False, and `mode="reschedule"`. Defaults to the configuration's
-            `[operators] default_deferrable`.
+        deferrable: look once, then wait in the triggerer, for `timeout` seconds. Every sensor's
+            `poke_interval`, `exponential_backoff` (waits double, without jitter), `max_wait`,
+            `soft_fail`, `never_fail` and `silent_fail` hold there too. Needs a triggerer: an
+            environment without one wants False, and `mode="reschedule"`. Defaults to the
+            configuration's `[operators] default_deferrable`.
         layout: "keras_remote", or "kinetic" to share the cache with keras-kinetic. Templated.
+        verify: how much of the listing every look takes in: "page" (the first 1,000 objects, one
+            request) or "full". Templated.
+        hash_index: file on the worker that remembers the hashes of unchanged files of `data`, see
+            `core.index`; None takes the worker's `KERAS_REMOTE_HASH_INDEX`, or reads every file.
+            Templated.
     """
 
     template_fields: Sequence[str] = (
@@ -83,6 +89,8 @@ class CacheSensor(BaseSensorOperator):
         "gcp_conn_id",
         "impersonation_chain",
         "layout",
+        "verify",
+        "hash_index",
     )
     operator_extra_links = (DatasetLink(),)
     ui_color = "#d2e3fc"
@@ -104,6 +112,8 @@ class CacheSensor(BaseSensorOperator):
         impersonation_chain: str | Sequence[str] | None = None,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         layout: str = KERAS_REMOTE.name,
+        verify: str = "page",
+        hash_index: str | None = None,
         multiple_outputs: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -120,15 +130,23 @@ class CacheSensor(BaseSensorOperator):
         self.impersonation_chain = impersonation_chain
         self.deferrable = deferrable
         self.layout = layout
+        self.verify = verify
+        self.hash_index = hash_index
         self._check_arguments()
 
     def execute(self, context: Context) -> Any:
         self._looking = None
         if not self.deferrable:
             return super().execute(context)
-        found = self.poke(context)
-        if found:
-            return found.xcom_value
+        try:
+            found = self.poke(context)
+        except StoreError:
+            if not self.silent_fail:
+                raise
+            self.log.exception("Could not look, will look again")
+        else:
+            if found:
+                return found.xcom_value
         lookup, _ = self._ready()
         self.log.info(
             "%s is not there yet; a triggerer looks every %s s for at most %s s. (This needs a "
@@ -138,7 +156,14 @@ class CacheSensor(BaseSensorOperator):
             self.timeout,
         )
         self.defer(
-            trigger=CacheTrigger(asdict(lookup), self.poke_interval, time.time() + self.timeout),
+            trigger=CacheTrigger(
+                asdict(lookup),
+                self.poke_interval,
+                time.time() + self.timeout,
+                bool(self.exponential_backoff),
+                self.max_wait.total_seconds() if self.max_wait else None,
+                self.silent_fail,
+            ),
             method_name="execute_complete",
             timeout=timedelta(seconds=self.timeout) + _BACKSTOP,
         )
@@ -237,15 +262,17 @@ class CacheSensor(BaseSensorOperator):
             gcp_conn_id=self.gcp_conn_id,
             impersonation_chain=chain if chain is None or isinstance(chain, str) else list(chain),
             project_id=self.project_id,
+            verify=self.verify,
         )
 
     def _hash(self, data: "str | Data") -> tuple[str, bool]:
         from keras_remote_airflow.core.data import Data
+        from keras_remote_airflow.core.hashing import take_snapshot
 
         data = data if isinstance(data, Data) else Data(data)
         if data.is_gcs:
             raise self._wrong(f"data is {data.path}: only local data has a hash to wait for")
-        content_hash = data.content_hash()
+        content_hash = take_snapshot(data.path, self.hash_index).content_hash
         self.log.info("Content hash of %s: %s", data.path, content_hash)
         return content_hash, data.is_dir
 

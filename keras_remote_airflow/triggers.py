@@ -2,8 +2,9 @@
 
 import asyncio
 import itertools
+import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -32,17 +33,31 @@ class CacheTrigger(BaseTrigger):
 
     Args:
         lookup: the fields of a `Lookup`, as a dict.
-        poke_interval: seconds between looks.
+        poke_interval: seconds between looks, or between the first two.
         deadline: when to give up, in seconds since the epoch. An instant, so that it holds when
             the trigger moves to another triggerer, and under `dag.test()`, which knows no
             deferral timeout.
+        exponential_backoff: wait twice as long after each look.
+        max_wait: seconds that no wait exceeds; None is no such bound.
+        silent_fail: wait out refusals of Cloud Storage as well.
     """
 
-    def __init__(self, lookup: dict[str, Any], poke_interval: float, deadline: float) -> None:
+    def __init__(
+        self,
+        lookup: dict[str, Any],
+        poke_interval: float,
+        deadline: float,
+        exponential_backoff: bool = False,
+        max_wait: float | None = None,
+        silent_fail: bool = False,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Airflow's is untyped
         self.lookup = Lookup(**lookup)
         self.poke_interval = poke_interval
         self.deadline = deadline
+        self.exponential_backoff = exponential_backoff
+        self.max_wait = max_wait
+        self.silent_fail = silent_fail
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         return (
@@ -51,6 +66,9 @@ class CacheTrigger(BaseTrigger):
                 "lookup": asdict(self.lookup),
                 "poke_interval": self.poke_interval,
                 "deadline": self.deadline,
+                "exponential_backoff": self.exponential_backoff,
+                "max_wait": self.max_wait,
+                "silent_fail": self.silent_fail,
             },
         )
 
@@ -60,15 +78,16 @@ class CacheTrigger(BaseTrigger):
     async def _wait(self) -> dict[str, Any]:
         try:
             connection = await self._connect()
-            while True:
+            for interval in self._intervals():
                 # Asked before the look, so that there is one at the deadline itself.
                 is_last = time.time() >= self.deadline
-                ref = await asyncio.to_thread(self.lookup.look, connection)
+                ref = await asyncio.to_thread(self._look, connection)
                 if ref is not None:
                     return {"status": "found", "ref": ref}
                 if is_last:
                     return {"status": "timeout", "message": f"{self.lookup} did not appear"}
-                await self._pause()
+                await self._pause(interval)
+            raise AssertionError("the intervals do not end")
         except (*PERMANENT_ERRORS, StoreError) as exc:
             permanent = isinstance(exc, PERMANENT_ERRORS)
             return {"status": "failed", "message": str(exc), "permanent": permanent}
@@ -85,8 +104,25 @@ class CacheTrigger(BaseTrigger):
                 self.log.warning(
                     "Could not get connection %s, will try again: %r", self.lookup.gcp_conn_id, exc
                 )
-            await self._pause()
+            await self._pause(self.poke_interval)
         raise AssertionError("count() does not end")
 
-    async def _pause(self) -> None:
-        await asyncio.sleep(min(self.poke_interval, max(0.0, self.deadline - time.time())))
+    def _look(self, connection: Connection) -> dict[str, Any] | None:
+        try:
+            return self.lookup.look(connection)
+        except StoreError as exc:
+            if not self.silent_fail:
+                raise
+            self.log.error("Could not look for %s, will look again: %s", self.lookup, exc)
+            return None
+
+    def _intervals(self) -> Iterator[float]:
+        interval = self.poke_interval
+        longest = math.inf if self.max_wait is None else self.max_wait
+        while True:
+            yield min(interval, longest)
+            if self.exponential_backoff:
+                interval *= 2
+
+    async def _pause(self, seconds: float) -> None:
+        await asyncio.sleep(min(seconds, max(0.0, self.deadline - time.time())))

@@ -76,11 +76,12 @@ class FinishedRun:
 
 @pytest.fixture
 def run_dag(airflow_home: dict[str, str]) -> Callable[..., FinishedRun]:
-    """`run_dag(dag_file, dag_id, *, timeout=120, conf=None, **env) -> FinishedRun`.
+    """`run_dag(dag_file, dag_id, *, timeout=120, conf=None, reserialize=False, **env)`.
 
     Runs `airflow dags test` (8 to 20 s: put many checks into one run) and returns even when tasks
     failed; it fails the test when the process itself does not end, since `dag.test()` ignores the
-    timeout of a deferral.
+    timeout of a deferral. Returns a FinishedRun. Airflow 2 adds events only to assets and aliases
+    that its database knows: `reserialize=True` tells it first.
     """
 
     def run(
@@ -89,6 +90,7 @@ def run_dag(airflow_home: dict[str, str]) -> Callable[..., FinishedRun]:
         *,
         timeout: float = 120,
         conf: dict[str, Any] | None = None,
+        reserialize: bool = False,
         **env: str,
     ) -> FinishedRun:
         # A folder of one file: Airflow 3 looks the DAG up in the folder, whatever file is named.
@@ -96,15 +98,61 @@ def run_dag(airflow_home: dict[str, str]) -> Callable[..., FinishedRun]:
         folder.mkdir(exist_ok=True)
         (folder / Path(dag_file).name).write_bytes(Path(dag_file).read_bytes())
         options = ["--conf", json.dumps(conf)] if conf else []
-        log = _run(
-            [*_AIRFLOW, "dags", "test", dag_id, *options],
-            airflow_home | {"AIRFLOW__CORE__DAGS_FOLDER": str(folder)} | env,
-            timeout=timeout,
-            check=False,
-        )
-        return _read_run(Path(airflow_home["AIRFLOW_HOME"]) / "airflow.db", dag_id, log)
+        env = airflow_home | {"AIRFLOW__CORE__DAGS_FOLDER": str(folder)} | env
+        if reserialize:
+            _run([*_AIRFLOW, "dags", "reserialize"], env, timeout=timeout)
+        log = _run([*_AIRFLOW, "dags", "test", dag_id, *options], env, timeout=timeout, check=False)
+        return _read_run(env, dag_id, log)
 
     return run
+
+
+@dataclass(frozen=True)
+class AssetEvent:
+    """An asset event in Airflow's database.
+
+    Attributes:
+        task: the task that caused it; a mapped one as "task[0]".
+        uri: of the asset.
+        extra: what the event says.
+        aliases: names of the aliases that the asset came through.
+    """
+
+    task: str
+    uri: str
+    extra: dict[str, Any]
+    aliases: list[str]
+
+
+@pytest.fixture
+def asset_events(airflow_home: dict[str, str]) -> Callable[[str], list[AssetEvent]]:
+    """`asset_events(dag_id)` returns the events that the DAG's runs have caused, oldest first."""
+
+    def read(dag_id: str) -> list[AssetEvent]:
+        with _open_database(airflow_home) as db:
+            tables = db.execute("SELECT name FROM sqlite_master WHERE name = 'asset_event'")
+            kind = "asset" if tables.fetchall() else "dataset"  # Airflow 2
+            rows = db.execute(
+                f"SELECT e.id, e.source_task_id, e.source_map_index, a.uri, e.extra"
+                f" FROM {kind}_event e JOIN {kind} a ON a.id = e.{kind}_id"
+                f" WHERE e.source_dag_id = ? ORDER BY e.id",
+                [dag_id],
+            ).fetchall()
+            aliases = db.execute(
+                f"SELECT l.event_id, a.name FROM {kind}_alias_{kind}_event l"
+                f" JOIN {kind}_alias a ON a.id = l.alias_id"
+            ).fetchall()
+        return [
+            AssetEvent(
+                task=_name(task, index),
+                uri=uri,
+                extra=json.loads(extra),
+                aliases=sorted(name for event, name in aliases if event == number),
+            )
+            for number, task, index, uri, extra in rows
+        ]
+
+    return read
 
 
 def _run(command: list[str], env: dict[str, str], timeout: float, check: bool = True) -> str:
@@ -127,9 +175,15 @@ def _run(command: list[str], env: dict[str, str], timeout: float, check: bool = 
     return log
 
 
-def _read_run(database: Path, dag_id: str, log: str) -> FinishedRun:
-    """Read the DAG's latest run with sqlite3: Airflow's own models take seconds to import."""
-    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as db:
+def _open_database(env: dict[str, str]) -> sqlite3.Connection:
+    """Open Airflow's database with sqlite3: its own models take seconds to import."""
+    database = Path(env["AIRFLOW_HOME"]) / "airflow.db"
+    return sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+
+
+def _read_run(env: dict[str, str], dag_id: str, log: str) -> FinishedRun:
+    """Read the DAG's latest run."""
+    with _open_database(env) as db:
         found = db.execute(
             "SELECT run_id FROM dag_run WHERE dag_id = ? ORDER BY id DESC LIMIT 1", [dag_id]
         ).fetchone()

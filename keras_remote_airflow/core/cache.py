@@ -77,7 +77,7 @@ class UploadResult:
         uploaded_bytes: the size of those.
         seconds: how long it took, hashing included.
         published_at: of a hit, when its marker was written, RFC 3339 in UTC; None if the marker
-            does not say.
+            does not say. Not compared.
     """
 
     gcs_uri: str
@@ -89,7 +89,7 @@ class UploadResult:
     uploaded_files: int = 0
     uploaded_bytes: int = 0
     seconds: float = 0.0
-    published_at: str | None = None
+    published_at: str | None = field(default=None, compare=False)
 
     def stats(self) -> dict[str, Any]:
         """Return the figures as the JSON-safe dict that DataUploadOperator pushes."""

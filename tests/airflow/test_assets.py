@@ -1,0 +1,83 @@
+"""Asset events of uploads, in whole DAG runs and in a scheduler's hands."""
+
+from pathlib import Path
+
+import pytest
+
+from keras_remote_airflow import upload_data
+from keras_remote_airflow.core.data import Data
+from keras_remote_airflow.core.refs import make_data_ref
+
+DAGS = Path(__file__).parent / "dags"
+
+
+@pytest.fixture
+def long_ago(gcs_server, dataset, monkeypatch):
+    """Publish the dataset in the namespace "long-ago", in 2001."""
+    from keras_remote_airflow.core.layout import Receipt
+
+    now = Receipt.now
+
+    def then(*arguments, **keywords):
+        from dataclasses import replace
+
+        return replace(now(*arguments, **keywords), created_at="2001-01-01T00:00:00Z")
+
+    monkeypatch.setattr(Receipt, "now", then)
+    upload_data("test-bucket", str(dataset), namespace_prefix="long-ago")
+
+
+def test_an_alias_has_events_for_new_data_only(
+    run_dag, asset_events, gcs_server, dataset, long_ago
+):
+    file = dataset / "train.csv"
+    run = run_dag(
+        DAGS / "outlets.py",
+        "outlets",
+        reserialize=True,
+        **gcs_server.env(),
+        TEST_DATA=str(dataset),
+        TEST_FILE=str(file),
+    )
+    assert run.states == {
+        "miss": "success",
+        "hit": "success",
+        "skips": "skipped",
+        "skipped": "skipped",
+        "pull": "success",
+        "gcs": "success",
+        "dies": "success",
+        "after_dies": "success",
+        "fails": "success",
+        "many[0]": "success",
+        "many[1]": "success",
+    }, run.log
+
+    folder_hash, file_hash = Data(str(dataset)).content_hash(), Data(str(file)).content_hash()
+
+    def extra(namespace, content_hash=folder_hash, is_dir=True):
+        uri = f"gs://test-bucket/{namespace}/data-cache/{content_hash}"
+        return {"data_ref": make_data_ref(uri, is_dir), "content_hash": content_hash}
+
+    on_gcs = {"data_ref": make_data_ref("gs://elsewhere/a", False), "content_hash": None}
+    events = asset_events("outlets")
+    through_alias = {event.task: event for event in events if event.aliases}
+    assert {task: event.extra for task, event in through_alias.items()} == {
+        "miss": extra("default"),
+        "dies": extra("dies"),  # its retry speaks for the try that published
+        "many[0]": extra("many"),
+        "many[1]": extra("many", file_hash, is_dir=False),
+        "gcs": on_gcs,
+    }
+    for event in through_alias.values():
+        assert event.aliases == ["new"]
+        assert event.uri == event.extra["data_ref"]["gcs_uri"]
+    plain = {event.task: event.extra for event in events if not event.aliases}
+    assert plain == {"miss": extra("default"), "hit": extra("default")}
+    assert len(events) == len(through_alias) + len(plain)
+
+    assert (run.tries["dies"], run.tries["fails"]) == (2, 2)
+    ref, gcs_uri, stats = run.xcoms["pull"]["return_value"]
+    assert ref == extra("default")["data_ref"]
+    assert gcs_uri == ref["gcs_uri"]
+    assert (stats["cache_hit"], stats["content_hash"]) == (True, folder_hash)
