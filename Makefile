@@ -10,7 +10,7 @@ AIRFLOWS := 2.11 3.1 3.3
 NEWEST := $(lastword $(AIRFLOWS))
 UV = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv
 # What `uv pip install` is to install.
-TESTED := --editable '.[demo]' --group test
+TESTED := --editable '.[demo]' --group test --group consumers
 EVERYTHING := $(TESTED) --group lint
 BENCHED := --editable . --group bench
 # What core and its tests need, without Airflow: the package itself goes in with --no-deps.

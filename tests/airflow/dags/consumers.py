@@ -12,10 +12,7 @@ import pendulum
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.providers.google.cloud.hooks.vertex_ai.custom_job import CustomJobHook
 from airflow.providers.google.cloud.operators.kubernetes_engine import GKEStartPodOperator
-from airflow.providers.google.cloud.operators.vertex_ai.custom_job import (
-    CreateCustomContainerTrainingJobOperator,
-    CreateCustomJobOperator,
-)
+from airflow.providers.google.cloud.operators.vertex_ai import custom_job as vertex
 from google.cloud.aiplatform_v1 import PipelineServiceClient
 from google.cloud.aiplatform_v1.types import CreateCustomJobRequest, CreateTrainingPipelineRequest
 from kubernetes.client import ApiClient
@@ -152,16 +149,19 @@ def consumers():
             upload, "/data", image="trainer:1", container={"resources": {"limits": {"cpu": "2"}}}
         ),
     )
-    CreateCustomJobOperator(task_id="job", **VERTEX, **vertex_custom_job_kwargs(upload, CUSTOM_JOB))
-    CreateCustomJobOperator(
-        task_id="job_verified",
-        **VERTEX,
-        **vertex_custom_job_kwargs(kinetic, CUSTOM_JOB, materialize_at="/data"),
-    )
-    CreateCustomContainerTrainingJobOperator(
+    if hasattr(vertex, "CreateCustomJobOperator"):  # it came with provider 22
+        vertex.CreateCustomJobOperator(
+            task_id="job", **VERTEX, **vertex_custom_job_kwargs(upload, CUSTOM_JOB)
+        )
+        vertex.CreateCustomJobOperator(
+            task_id="job_verified",
+            **VERTEX,
+            **vertex_custom_job_kwargs(kinetic, CUSTOM_JOB, materialize_at="/data"),
+        )
+    vertex.CreateCustomContainerTrainingJobOperator(
         task_id="container", **CONTAINER_JOB, **vertex_command_kwargs(file, ["python", "train.py"])
     )
-    CreateCustomContainerTrainingJobOperator(
+    vertex.CreateCustomContainerTrainingJobOperator(
         task_id="container_verified",
         **CONTAINER_JOB,
         **vertex_command_kwargs(upload, ["python", "train.py"], materialize_at="/data"),
