@@ -6,6 +6,7 @@ leaves objects but no marker, which readers take for "not there" and the next at
 """
 
 import logging
+import random
 import time
 from array import array
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from keras_remote_airflow.core.data import Data
-from keras_remote_airflow.core.errors import ConflictError, InvalidInputError
+from keras_remote_airflow.core.errors import ConflictError, InvalidInputError, MarkerError
 from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH, Snapshot, take_snapshot
 from keras_remote_airflow.core.inventory import data_objects, differences
 from keras_remote_airflow.core.layout import (
@@ -40,6 +41,10 @@ _log = logging.getLogger(__name__)
 
 # Above this keras_remote suggests reading from Cloud Storage directly (10 * 1024**3 bytes).
 _LARGE = 10 * 1024**3
+# Files that are sent before the first look whether somebody else sends them, too.
+_FIRST_ROUND = 16
+# Objects in one page of a listing, which costs as much as an upload.
+_PAGE = 1000
 _VERIFY = ("page", "full")
 
 
@@ -272,6 +277,15 @@ def lookup(
         return None
     receipt = parse_marker(body, key)
     if snapshot is not None:
+        if receipt and (receipt.files, receipt.total_bytes) != (
+            len(snapshot),
+            snapshot.total_bytes,
+        ):
+            raise MarkerError(
+                f"marker gs://{key.bucket}/{key.marker_name} says {receipt.files} files with "
+                f"{receipt.total_bytes} bytes, but data of this content hash has {len(snapshot)} "
+                f"with {snapshot.total_bytes}. Delete that object to have it written anew."
+            )
         missing = sum(1 for _ in _missing(store, key, snapshot, only_first_page=verify == "page"))
         problem = f"{missing} of its objects are gone" if missing else None
         entry = CacheEntry(key.gcs_uri, snapshot.is_dir, len(snapshot), snapshot.total_bytes)
@@ -301,11 +315,12 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progres
         snapshot: the data.
         sent: counts the files and bytes that were sent.
     """
-    missing = array("Q", _missing(store, key, snapshot, only_first_page=False))
+    missing = _missing_from_anywhere(store, key, snapshot)
     _log.info("Uploading %d of %d files to %s", len(missing), len(snapshot), key.gcs_uri)
+    found_there = 0
 
-    def uploads() -> Iterator[Upload]:
-        for index in missing:
+    def uploads(indices: "array[int]") -> Iterator[Upload]:
+        for index in indices:
             file = snapshot.record(index)
             yield Upload(
                 snapshot.local_path(file.path),
@@ -317,11 +332,23 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progres
             )
 
     def done(upload: Upload, was_sent: bool) -> None:
+        nonlocal found_there
         if was_sent:
             sent.add(1, upload.size)
+        else:
+            found_there += 1
         _log.debug("%s %s", "Stored" if was_sent else "Found", upload.name)
 
-    store.upload(uploads(), done)
+    # In rounds that grow, until another uploader of the same data is met: then look at what it has
+    # stored, as often as that costs no more requests than running into it.
+    round_size = _FIRST_ROUND
+    while missing:
+        store.upload(uploads(missing[:round_size]), done)
+        missing = missing[round_size:]
+        round_size *= 2
+        if found_there > len(snapshot) // _PAGE:
+            missing = _missing_from_anywhere(store, key, snapshot)
+            round_size, found_there = _FIRST_ROUND, 0
     receipt = Receipt.now(
         snapshot.content_hash,
         is_dir=snapshot.is_dir,
@@ -332,6 +359,16 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progres
     if not store.create(key.marker_name, receipt.to_json()):
         # Another uploader was first, or the marker had outlived its objects: it must be sound.
         parse_marker(store.read(key.marker_name) or b"", key)
+
+
+def _missing_from_anywhere(store: ObjectStore, key: CacheKey, snapshot: Snapshot) -> "array[int]":
+    """Return which files have no object, in the order of the hash but from a random one on.
+
+    So that several uploaders of the same data share the work instead of racing for each object.
+    """
+    missing = array("Q", _missing(store, key, snapshot, only_first_page=False))
+    start = random.randrange(len(missing)) if missing else 0  # noqa: S311 - no secret
+    return missing[start:] + missing[:start]
 
 
 def _check_verify(verify: str) -> None:

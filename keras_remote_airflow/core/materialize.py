@@ -219,6 +219,8 @@ def _fetch(source: _Source, partial: str, final: str) -> str:
                 )
             _log.info("Reusing %s: it holds %s", final, source.ref.gcs_uri)
             return final
+        if os.path.ismount(final):
+            raise _mount_point(final)
         progress = _download(source, partial)
         whole = partial if source.ref.is_dir else os.path.join(partial, os.path.basename(final))
         problem = source.problem(take_snapshot(whole))
@@ -274,7 +276,15 @@ def _locked(directory: str) -> Iterator[None]:
     while True:
         with suppress(FileExistsError):
             os.mkdir(directory, 0o700)
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor = os.open(directory, flags)
+        except FileNotFoundError:
+            continue  # another process has just renamed or removed it
+        except NotADirectoryError as exc:
+            raise InvalidInputError(
+                f"{directory}, where the download goes first, is a link or a file: remove it"
+            ) from exc
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -314,11 +324,15 @@ def _rename(source: str, final: str) -> None:
         os.rename(source, final)
     except OSError as exc:
         if exc.errno in (errno.EBUSY, errno.EXDEV):
-            raise InvalidInputError(
-                f"destination {final} is a mount point, which cannot be put in place as a whole. "
-                "Choose a directory inside it."
-            ) from exc
+            raise _mount_point(final) from exc
         raise
+
+
+def _mount_point(path: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"destination {path} is a mount point, which cannot be put in place as a whole. Choose a "
+        "directory inside it."
+    )
 
 
 def _is_taken(path: str) -> bool:
