@@ -1,8 +1,10 @@
 """Asset events that say which data is new, and how the DAG they trigger learns of it.
 
-The event's `extra`, on an asset (Airflow 2: dataset) as on an alias:
+The event's `extra`, on an asset (Airflow 2: dataset) as on an alias, is the ref (see `core.refs`)
+and one field more. It is flat, because Airflow 2 takes nothing else from an alias:
 
-    {"data_ref": <the ref, see `core.refs`>, "content_hash": "<64 hex digits>" | None}
+    {"__data_ref__": True, "gcs_uri": "gs://…", "is_dir": bool, "mount_path": str | None,
+     "content_hash": "<64 hex digits>" | None}
 """
 
 from collections.abc import Iterable
@@ -10,7 +12,7 @@ from typing import Any
 
 from keras_remote_airflow._compat import Asset, AssetAlias, Context, get_triggering_events
 from keras_remote_airflow.core.errors import InvalidInputError
-from keras_remote_airflow.core.refs import is_data_ref
+from keras_remote_airflow.core.refs import is_data_ref, parse_data_ref
 
 
 def describe_events(
@@ -33,7 +35,7 @@ def describe_events(
         content_hash: of the data; None if it has none.
         is_new: whether nobody had this data before.
     """
-    extra: dict[str, Any] = {"data_ref": data_ref, "content_hash": content_hash}
+    extra = data_ref | {"content_hash": content_hash}
     for outlet in outlets:
         if isinstance(outlet, Asset):
             context["outlet_events"][outlet].extra.update(extra)
@@ -57,7 +59,7 @@ def ref_from_triggering_event(context: Context, source: str | None = None) -> di
     events = [
         event
         for event in get_triggering_events(context)
-        if is_data_ref(event.extra.get("data_ref")) and source in (None, *event.sources)
+        if is_data_ref(event.extra) and source in (None, *event.sources)
     ]
     if not events:
         raise InvalidInputError(
@@ -66,5 +68,5 @@ def ref_from_triggering_event(context: Context, source: str | None = None) -> di
             + ", as DataUploadOperator adds it to its outlets, and found none. Was the run started "
             "by hand? To train again on data that has not changed, clear an earlier run."
         )
-    ref: dict[str, Any] = max(events, key=lambda event: event.timestamp).extra["data_ref"]
-    return ref
+    newest = max(events, key=lambda event: event.timestamp)
+    return parse_data_ref(newest.extra).to_dict()

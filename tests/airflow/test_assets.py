@@ -57,9 +57,9 @@ def test_an_alias_has_events_for_new_data_only(
 
     def extra(namespace, content_hash=folder_hash, is_dir=True):
         uri = f"gs://test-bucket/{namespace}/data-cache/{content_hash}"
-        return {"data_ref": make_data_ref(uri, is_dir), "content_hash": content_hash}
+        return make_data_ref(uri, is_dir) | {"content_hash": content_hash}
 
-    on_gcs = {"data_ref": make_data_ref("gs://elsewhere/a", False), "content_hash": None}
+    on_gcs = make_data_ref("gs://elsewhere/a", False) | {"content_hash": None}
     events = asset_events("outlets")
     through_alias = {event.task: event for event in events if event.aliases}
     assert {task: event.extra for task, event in through_alias.items()} == {
@@ -71,13 +71,13 @@ def test_an_alias_has_events_for_new_data_only(
     }
     for event in through_alias.values():
         assert event.aliases == ["new"]
-        assert event.uri == event.extra["data_ref"]["gcs_uri"]
+        assert event.uri == event.extra["gcs_uri"]
     plain = {event.task: event.extra for event in events if not event.aliases}
     assert plain == {"miss": extra("default"), "hit": extra("default")}
     assert len(events) == len(through_alias) + len(plain)
 
     assert (run.tries["dies"], run.tries["fails"]) == (2, 2)
     ref, gcs_uri, stats = run.xcoms["pull"]["return_value"]
-    assert ref == extra("default")["data_ref"]
+    assert ref | {"content_hash": folder_hash} == extra("default")
     assert gcs_uri == ref["gcs_uri"]
     assert (stats["cache_hit"], stats["content_hash"]) == (True, folder_hash)
