@@ -22,7 +22,7 @@ MUTATIONS = {
         "    missing = _missing_from_anywhere(store, key, snapshot)\n    _log",
         "    store.create(key.marker_name, b'')\n"
         "    missing = _missing_from_anywhere(store, key, snapshot)\n    _log",
-        "test_crash.py test_hashed_bytes.py",
+        "test_crash.py::test_killed_after_each_request",
     ),
     "no precondition": (
         "core/store.py",
@@ -68,8 +68,8 @@ MUTATIONS = {
     ),
     "everything sent again": (
         "core/cache.py",
-        "    missing = array(\"Q\", _missing(store, key, snapshot, only_first_page=False))\n",
-        "    missing = array(\"Q\", range(len(snapshot)))\n",
+        '    missing = array("Q", _missing(store, key, snapshot, only_first_page=False))\n',
+        '    missing = array("Q", range(len(snapshot)))\n',
         "test_crash.py",
     ),
     "download not verified": (
@@ -141,13 +141,13 @@ def main() -> int:
             shutil.copy(REPOSITORY / "pyproject.toml", copy)
             source = (copy / "keras_remote_airflow" / file).read_text()
             if source.count(before) != 1:
-                print(f"{name}: {file} has changed; adapt the mutation")
+                print(f"{name}: {file} has changed; adapt the mutation")  # noqa: T201
                 unnoticed += 1
                 continue
             (copy / "keras_remote_airflow" / file).write_text(source.replace(before, after))
             noticed = run(copy, tests.split())
         unnoticed += not noticed
-        print(f"{name}: {noticed or 'NOT NOTICED'}", flush=True)
+        print(f"{name}: {noticed or 'NOT NOTICED'}", flush=True)  # noqa: T201
     return bool(unnoticed)
 
 
