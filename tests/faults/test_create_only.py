@@ -1,13 +1,16 @@
 """Guarantee 2: nothing is overwritten or deleted; what is there already is compared."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from faultkit import BUCKET, content, do_upload, make_tree, prefix_of, published, small_files
+from faultkit import BUCKET, FAST, content, do_upload, make_tree, prefix_of, published, small_files
 from test_hashed_bytes import Uploading, held_at
 
 from keras_remote_airflow.core.data import Data
 from keras_remote_airflow.core.errors import ConflictError, MarkerError, StoreError
+from keras_remote_airflow.core.hashing import take_snapshot
+from keras_remote_airflow.core.store import Upload, open_store
 from keras_remote_airflow.testing import Fault, StorageServer
 
 FILES = small_files(2) | {"mid": content(3 << 20), "big": content(9 << 20)}
@@ -94,3 +97,22 @@ def test_a_missing_permission_is_named(
     with pytest.raises(StoreError, match=r"403.*storage\.objects\..*objectCreator"):
         do_upload(server.url, make_tree(tmp_path / "data", FILES))
     assert server.objects(BUCKET) == {}
+
+
+@pytest.mark.parametrize("size", [100, 3 << 20, 9 << 20])
+def test_the_store_compares_whatever_it_was_told_is_there(
+    server: StorageServer, client: Any, tmp_path: Path, size: int
+) -> None:
+    """Without the listing of an upload, which would see the difference as well."""
+    file = take_snapshot(make_tree(tmp_path / "data", {"file": content(size)})).record(0)
+    local = str(tmp_path / "data" / "file")
+    upload = Upload(local, "object", file.size, file.mtime_ns, file.crc32c, file.digest)
+    sent: list[bool] = []
+    with open_store(BUCKET, client, retry=FAST) as store:
+        server.put(BUCKET, "object", content(size))
+        store.upload([upload], lambda _, was_sent: sent.append(was_sent))
+        assert sent == [False]
+        server.put(BUCKET, "object", bytes(size))
+        with pytest.raises(ConflictError, match=r"gcloud storage rm 'gs://test-bucket/object'"):
+            store.upload([upload], lambda _, was_sent: sent.append(was_sent))
+    assert sent == [False]
