@@ -356,9 +356,11 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progres
         total_bytes=snapshot.total_bytes,
     )
     # The marker goes last: readers take its presence to mean "all bytes are here".
-    if not store.create(key.marker_name, receipt.to_json()):
+    while not store.create(key.marker_name, receipt.to_json()):
         # Another uploader was first, or the marker had outlived its objects: it must be sound.
-        parse_marker(store.read(key.marker_name) or b"", key)
+        if (body := store.read(key.marker_name)) is not None:
+            parse_marker(body, key)
+            break
 
 
 def _missing_from_anywhere(store: ObjectStore, key: CacheKey, snapshot: Snapshot) -> "array[int]":

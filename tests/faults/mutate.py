@@ -104,14 +104,14 @@ MUTATIONS = {
     ),
     "sessions restarted": (
         "core/store.py",
-        "                if session is None:\n",
-        "                if True:\n",
+        "                if session is None:\n                    session = await",
+        "                if True:\n                    session = await",
         "test_crash.py",
     ),
     "no watch over sending": (
         "core/transport.py",
-        "self._limit = asyncio.timeout(stall_timeout)",
-        "self._limit = asyncio.timeout(None)",
+        "_Sending(self.policy.stall_timeout, body)",
+        "_Sending(3600, body)",
         "test_tap.py",
     ),
     "session URL told": (

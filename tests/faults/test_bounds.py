@@ -19,7 +19,7 @@ from faultkit import (
 from keras_remote_airflow.core.transport import Limiter, RetryPolicy, Transport
 from keras_remote_airflow.testing import Fault, StorageServer
 
-SIZE = 300 << 20
+SIZE = 200 << 20
 UNHURRIED = RetryPolicy(deadline=60, initial=0.01, maximum=0.1, stall_timeout=60)
 
 

@@ -17,6 +17,7 @@ from faultkit import (
     published,
     small_files,
 )
+from test_hashed_bytes import held_at
 
 from keras_remote_airflow.core.cache import CacheEntry, find
 from keras_remote_airflow.core.errors import IntegrityError, MarkerError
@@ -163,3 +164,17 @@ def test_other_bytes_of_another_size_are_no_hit(
     server.put(BUCKET, prefix_of(result.content_hash) + next(iter(FILES)), b"?")
     with caplog.at_level(logging.WARNING):
         assert find(BUCKET, result.content_hash, client=client, retry=FAST) is None
+
+
+def test_a_marker_that_is_evicted_when_it_is_looked_at_is_written_anew(
+    server: StorageServer, tmp_path: Path
+) -> None:
+    path = make_tree(tmp_path / "data", FILES)
+    content_hash = content_hash_of(path)
+    name = marker_name(content_hash, "keras_remote")
+    server.put(BUCKET, name, b"")
+    # The marker is read before the objects are listed and after they are stored.
+    with held_at(server, path, path=r"cache_marker\?", nth=2) as uploading:
+        server.delete(BUCKET, name)
+    assert uploading.result().uploaded_files == len(FILES)
+    assert set(published(server)) == {content_hash}
