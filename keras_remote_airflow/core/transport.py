@@ -47,6 +47,7 @@ _REMEDIES = {
 }
 # Network errors that no further attempt will mend.
 _HOPELESS = (aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)
+_WARNING_INTERVAL = 10.0  # seconds between two warnings that something is tried again
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 
@@ -111,24 +112,22 @@ class Limiter:
             not self._requests or self._bytes + size <= self._max_bytes
         )
 
-    @asynccontextmanager
-    async def slot(self, size: int) -> AsyncIterator[None]:
-        """Hold a place for one request that keeps `size` bytes in memory."""
-        if self._waiting or not self._fits(size):
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append((size, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._release(size)
-                raise
-        else:
+    def slot(self, size: int) -> "_Slot":
+        """Return a context that holds a place for one request, keeping `size` bytes in memory."""
+        return _Slot(self, size)
+
+    async def _enter(self, size: int) -> None:
+        if not self._waiting and self._fits(size):
             self._take(size)
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((size, turn))
         try:
-            yield
-        finally:
-            self._release(size)
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._release(size)
+            raise
 
     def _take(self, size: int) -> None:
         self._requests += 1
@@ -155,6 +154,20 @@ class Limiter:
             self.limit = self._threshold = max(1.0, self.limit / 2)
 
 
+@dataclass(slots=True)
+class _Slot:
+    """A place in a limiter. A class, because a generator costs five times as much a request."""
+
+    limiter: Limiter
+    size: int
+
+    async def __aenter__(self) -> None:
+        await self.limiter._enter(self.size)
+
+    async def __aexit__(self, *error: object) -> None:
+        self.limiter._release(self.size)
+
+
 class Transport:
     """An authenticated pool of connections to the JSON API; a context manager.
 
@@ -174,6 +187,7 @@ class Transport:
         self.limiter = Limiter(concurrency, max_bytes)
         # The client has no public name for its credentials.
         self._credentials = _scoped(client._credentials)
+        self._next_warning = 0.0
         self._refused_authorization: str | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="cloud-storage")
@@ -295,7 +309,7 @@ class Transport:
                         transient=True,
                     ) from _presentable(exc)
                 _log.log(
-                    logging.WARNING if failures in (2, 5, 10, 20) else logging.DEBUG,
+                    self._level(failures, now),
                     "%s failed (attempt %d, %s); trying again in %.1f s",
                     what,
                     failures,
@@ -305,6 +319,13 @@ class Transport:
                 await asyncio.sleep(pause)
             else:
                 return result
+
+    def _level(self, failures: int, now: float) -> int:
+        """Return how loudly to log a failure: an outage hits hundreds of requests at once."""
+        if failures < 2 or now < self._next_warning:
+            return logging.DEBUG
+        self._next_warning = now + _WARNING_INTERVAL
+        return logging.WARNING
 
     @asynccontextmanager
     async def request(

@@ -139,3 +139,13 @@ def test_bytes_that_are_always_damaged_are_an_error_in_the_end(
     with pytest.raises(IntegrityError, match=r"big\.bin"):
         do_materialize(server.url, result.gcs_uri, str(tmp_path / "back"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
+
+
+def test_an_outage_is_said_once_and_not_for_every_file(
+    server: StorageServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_tree(tmp_path / "data", {f"{number}": b"x" for number in range(60)})
+    server.add_fault(Fault(method="POST", path=r"uploadType=multipart", times=150, status=503))
+    with caplog.at_level("WARNING"):
+        do_upload(server.url, path)
+    assert sum("trying again" in record.getMessage() for record in caplog.records) == 1
