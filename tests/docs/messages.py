@@ -1,0 +1,68 @@
+"""Every message this package fails with or warns of, read from its source.
+
+A message is what an error class of `core.errors` (or Airflow's, or a helper that wraps them) is
+called with, or a logger's `warning`. What only a run can fill in shows as "…".
+"""
+
+import ast
+import re
+from itertools import product
+from pathlib import Path
+
+import keras_remote_airflow
+from keras_remote_airflow.core import errors
+
+ROOT = Path(keras_remote_airflow.__file__).parent
+# Besides our own classes: those of Airflow and Python that end a task, and the helper that wraps a
+# text into an error. RetryableError is left out: its text only ever shows inside "kept failing".
+_RAISERS = {name for name in vars(errors) if name.endswith("Error")} | {
+    "AirflowFailException",
+    "AirflowSensorTimeout",
+    "AirflowSkipException",
+    "SystemExit",
+    "_wrong",
+    "warning",
+}
+
+# What a message is put together of in another place than where it is raised.
+_WHOLE = {
+    "… within … s": [  # CacheSensor, of what its trigger or resume_execution says
+        "… did not appear within … s",
+        "no triggerer answered: check that one is running, or pass deferrable=False. The dataset "
+        "did not appear within … s",
+    ]
+}
+
+
+def read_messages() -> dict[str, str]:
+    """Return each message's text and where it stands."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        # The local server answers as Cloud Storage does; its words are not ours.
+        if "testing" in path.relative_to(ROOT).parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and node.args and _name(node.func) in _RAISERS:
+                for text in _texts(node.args[0]):
+                    text = re.sub(r"%[\d.]*[sdfr]", "…", text)  # what a logger fills in
+                    if text.strip("… ."):
+                        where = f"{path.relative_to(ROOT.parent)}:{node.lineno}"
+                        found |= dict.fromkeys(_WHOLE.get(text, [text]), where)
+    return found
+
+
+def _name(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def _texts(node: ast.expr) -> list[str]:
+    """Return what a string expression can come to: one text for each way through its ifs."""
+    if isinstance(node, ast.Constant):
+        return [str(node.value)]
+    if isinstance(node, ast.JoinedStr):
+        return ["".join(parts) for parts in product(*map(_texts, node.values))]
+    if isinstance(node, ast.BinOp):
+        return ["".join(parts) for parts in product(_texts(node.left), _texts(node.right))]
+    if isinstance(node, ast.IfExp):
+        return _texts(node.body) + _texts(node.orelse)
+    return ["…"]

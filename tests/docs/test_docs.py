@@ -1,0 +1,367 @@
+"""What the documentation shows is run, and what it points to is there.
+
+By the language of a fenced block in README.md and docs/*.md:
+
+    python   executed, the blocks of a page one after the other as one script. A block that begins
+             with a comment naming a file is saved there instead; files under tests/ are run by
+             pytest. Blocks with @dag are DAG files, and parsed by Airflow, unless they need the
+             Kubernetes provider and it is not installed. (On Airflow 2 an import from airflow.sdk
+             is replaced by the one its comment names.)
+    console  run by bash, the blocks of a page in one session. The output shown must be found in
+             the command's; "…" stands for anything. `make` runs with --dry-run: the real thing is
+             what .ci/run does.
+    json     must be JSON.
+    shell    not run: needs Google Cloud, or a network to install from.
+    text     not run: for reading.
+"""
+
+import ast
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+
+import keras_remote_airflow
+from keras_remote_airflow import Data, upload_data
+from keras_remote_airflow.core import errors, transport
+from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey, parse_marker
+
+from .messages import read_messages
+from .pages import PAGES, REPOSITORY, anchor, read_blocks, read_commands, read_headings, read_prose
+
+LANGUAGES = {"python", "console", "json", "shell", "text"}
+DOCS = REPOSITORY / "docs"
+TROUBLESHOOTING = DOCS / "troubleshooting.md"
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def _pages_with(wanted):
+    return pytest.mark.parametrize(
+        "page",
+        [page for page in PAGES if any(map(wanted, read_blocks(page)))],
+        ids=lambda page: page.name,
+    )
+
+
+def _is_script(block):
+    return block.language == "python" and not (block.file_name or block.is_dag_file)
+
+
+@pytest.fixture
+def environment():
+    """Environment of a subprocess: this Python first, and nothing set that a reader has not set."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(
+            ("AIRFLOW", "GOOGLE_", "KERAS_REMOTE_", "STORAGE_EMULATOR", "PYTEST_")
+        )
+    }
+    return inherited | {
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+        "PYTHONPATH": str(REPOSITORY),
+        "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",  # 2.11 warns without it
+    }
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with every file that the pages say to save."""
+    for page in PAGES:
+        for block in read_blocks(page):
+            if block.language == "python" and block.file_name:
+                path = tmp_path / block.file_name
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(block.text, encoding="utf-8")
+    return tmp_path
+
+
+def _run(command, environment, folder, timeout=240):
+    """Run a command, and end whatever it leaves running; return exit status and output."""
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            pytest.fail(f"{command} was still running after {timeout} s:\n{output}")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+    return process.returncode, output
+
+
+@every_page
+def test_a_page_uses_only_fences_that_say_whether_they_are_run(page):
+    assert {block.language for block in read_blocks(page)} <= LANGUAGES
+
+
+@_pages_with(_is_script)
+def test_python_examples_run(page, airflow_home, environment, gcs_server, tmp_path):
+    lines = [""] * len(page.read_text(encoding="utf-8").splitlines())
+    for block in filter(_is_script, read_blocks(page)):
+        code = block.text.splitlines()
+        lines[block.line : block.line + len(code)] = code  # tracebacks show the page's own lines
+    script = tmp_path / f"{page.name}.py"
+    script.write_text("\n".join(lines), encoding="utf-8")
+    home = {"AIRFLOW_HOME": airflow_home["AIRFLOW_HOME"]}
+    status, output = _run(
+        [sys.executable, str(script)], environment | home | gcs_server.env(), tmp_path
+    )
+    assert status == 0, output
+
+
+def test_dag_examples_are_parsed_by_airflow(airflow_home, tmp_path):
+    for page in PAGES:
+        for number, block in enumerate(read_blocks(page)):
+            if block.is_dag_file:
+                name = f"{page.stem}_{number}.py".replace("-", "_")
+                (tmp_path / name).write_text(block.text, encoding="utf-8")
+    code = """
+import json, sys
+try:
+    from airflow.dag_processing.dagbag import DagBag
+except ImportError:
+    from airflow.models import DagBag
+bag = DagBag(sys.argv[1])
+files = sorted({dag.fileloc for dag in bag.dags.values()})
+print("result:", json.dumps([bag.import_errors, files]))
+"""
+    _, output = _run([sys.executable, "-c", code, str(tmp_path)], airflow_home, tmp_path)
+    found = re.search(r"^result: (.*)$", output, re.MULTILINE)
+    assert found, output
+    import_errors, parsed = json.loads(found[1])
+    no_kubernetes = re.compile(r"No module named '(airflow\.providers\.cncf|kubernetes)")
+    unparsable = {file for file, error in import_errors.items() if no_kubernetes.search(error)}
+    assert not {file: import_errors[file] for file in import_errors.keys() - unparsable}
+    assert {*parsed, *unparsable} == set(map(str, tmp_path.glob("*.py")))
+
+
+@_pages_with(lambda block: block.language == "console")
+def test_commands_print_what_the_page_shows(page, environment, project):
+    commands = [
+        pair
+        for block in read_blocks(page)
+        if block.language == "console"
+        for pair in read_commands(block)
+    ]
+    script = "".join(f"{command}\nprintf '\\036%s\\036' $?\n" for command, _ in commands)
+    folder = project
+    if page.name == "README.md":
+        script, folder = re.sub(r"^make ", "make --dry-run ", script, flags=re.M), REPOSITORY
+        commands = [(command, "") for command, _ in commands]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    status, output = _run(["bash", "-c", script.replace("9023", port)], environment, folder)
+    results = re.findall(r"(.*?)\x1e(\d+)\x1e", output, re.DOTALL)
+    assert len(results) == len(commands), output
+    for (command, shown), (printed, status) in zip(commands, results, strict=True):
+        assert status == "0", f"{command}\n{output}"
+        pattern = r".*".join(map(re.escape, shown.replace("9023", port).split("…")))
+        assert re.search(pattern, printed), f"$ {command}\n{printed}\nexpected:\n{shown}"
+
+
+def test_the_tests_that_users_are_shown_pass(environment, project):
+    status, output = _run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests"], environment, project
+    )
+    assert status == 0, output
+    assert "skipped" not in output
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    text = read_prose(page)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^]]+\]: (\S+)$", text, re.M)
+    for target in targets:
+        if "://" in target:
+            continue
+        path, _, fragment = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        if fragment:
+            assert fragment in map(anchor, read_headings(linked)), target
+    names = re.findall(r"\[[^]`\[]+\]\[([^]]+)\]", text)
+    assert {f"[{name}]: " for name in names} <= set(re.findall(r"^\[[^]]+\]: ", text, re.M))
+
+
+def test_every_page_is_reachable_from_the_readme():
+    linked = set(re.findall(r"\]\((?:docs/)?([\w-]+\.md)", "".join(map(read_prose, PAGES))))
+    assert {page.name for page in PAGES[1:]} <= linked
+
+
+def test_json_examples_are_json():
+    blocks = [block for page in PAGES for block in read_blocks(page) if block.language == "json"]
+    assert blocks
+    for block in blocks:
+        json.loads(block.text)
+
+
+# The formats
+
+
+def _plain_content_hash():
+    code = next(b.text for b in read_blocks(DOCS / "formats.md") if "def content_hash" in b.text)
+    namespace = {}
+    exec(code, namespace)
+    return namespace["content_hash"]
+
+
+def _vectors():
+    row = re.compile(r"^\| (file|directory) (.*?) \| `([0-9a-f]{64})` \|$", re.MULTILINE)
+    for kind, data, digest in row.findall(read_prose(DOCS / "formats.md")):
+        if kind == "file":
+            name, content = re.findall(r"`([^`]+)`", data)
+            yield pytest.param(True, {name: content}, digest, id=name)
+        else:
+            yield pytest.param(False, json.loads(re.findall(r"`([^`]+)`", data)[0]), digest)
+
+
+@pytest.mark.parametrize(("is_file", "files", "digest"), list(_vectors()))
+def test_the_hash_in_plain_python_and_ours_give_the_vectors_shown(is_file, files, digest, tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content, encoding="utf-8")
+    path = str(root / next(iter(files))) if is_file else str(root)
+    assert _plain_content_hash()(path) == Data(path).content_hash() == digest
+
+
+def test_all_four_vectors_are_shown():
+    assert len(list(_vectors())) == 4
+
+
+def test_the_hash_in_plain_python_takes_the_order_and_the_links_that_ours_takes(tmp_path):
+    root = tmp_path / "data"
+    names = ["a/x", "a.b/x", "a-b", "A", "a b/c/d", "z/é", "z/e\u0301", "\U0001f600", "\uffff"]
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(bytes([number]) * number * 70_000)
+    (root / "empty").mkdir()
+    (root / "linked-file").symlink_to(root / "A")
+    (root / "linked-directory").symlink_to(root / "a")
+    assert _plain_content_hash()(str(root)) == Data(str(root)).content_hash()
+
+
+def test_the_marker_shown_is_one():
+    block = next(b for b in read_blocks(DOCS / "formats.md") if b.language == "json")
+    content_hash = json.loads(block.text)["content_hash"]
+    receipt = parse_marker(
+        block.text.encode(), CacheKey("bucket", "default", content_hash, KERAS_REMOTE)
+    )
+    assert receipt is not None
+    assert json.loads(receipt.to_json()) == json.loads(block.text)
+
+
+# The figures in composer.md
+
+
+def test_a_hit_costs_two_requests_and_a_miss_three_more_than_files(
+    gcs_server, gcs_bucket, tmp_path
+):
+    for number in range(5):
+        (tmp_path / str(number)).write_text(str(number))
+    upload_data(gcs_bucket, str(tmp_path))
+    assert len(gcs_server.requests) == 5 + 3
+    gcs_server.clear_requests()
+    upload_data(gcs_bucket, str(tmp_path))
+    assert len(gcs_server.requests) == 2
+
+
+# The error messages
+
+
+def _sections():
+    """Return the messages that troubleshooting.md has sections for, as regular expressions."""
+    text = read_prose(TROUBLESHOOTING)
+    ours, _, others = text.partition("\n## Messages of others\n")
+    assert others
+    shown = re.findall(r"^### `(.*)`$", ours, re.MULTILINE)
+    return {heading: r".*".join(map(re.escape, heading.split("…"))) for heading in shown}
+
+
+def test_every_message_has_a_section():
+    """A new message needs a heading in troubleshooting.md: its words, "…" for what varies."""
+    sections = _sections().values()
+    missing = [
+        f"{where}: {message}"
+        for message, where in read_messages().items()
+        if not any(re.search(section, message) for section in sections)
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_every_section_is_about_a_message_that_exists():
+    messages = list(read_messages())
+    # What refusal() puts together.
+    messages += [f"…: HTTP {status} …" for status in transport._REMEDIES]
+    for heading, section in _sections().items():
+        assert len(heading.replace("…", "").strip()) >= 6, f"{heading} says too little"
+        assert any(re.search(section, message) for message in messages), heading
+
+
+def test_every_status_with_a_remedy_has_a_section():
+    assert {f"HTTP {status} …" for status in transport._REMEDIES} <= set(_sections())
+
+
+def test_every_error_class_is_explained():
+    text = read_prose(TROUBLESHOOTING)
+    classes = [
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.KerasRemoteError)
+    ]
+    assert [name for name in classes if f"`{name}`" not in text] == []
+
+
+# The parameters
+
+
+def test_every_public_name_is_under_the_compatibility_policy():
+    text = (DOCS / "compatibility.md").read_text(encoding="utf-8")
+    names = keras_remote_airflow.__all__
+    assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("operators", "DataUploadOperator"),
+        ("sensors", "CacheSensor"),
+        ("decorators", "LocalDataOperator"),
+    ],
+)
+def test_every_parameter_is_documented(module, name):
+    source = (REPOSITORY / "keras_remote_airflow" / f"{module}.py").read_text(encoding="utf-8")
+    (cls,) = (
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == name
+    )
+    (init,) = (
+        node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    )
+    airflows_own = {"python_callable", "op_args", "op_kwargs"}
+    text = "".join(read_prose(page) for page in PAGES)
+    parameters = {argument.arg for argument in init.args.kwonlyargs} - airflows_own
+    assert [p for p in sorted(parameters) if not re.search(rf"`{p}\b", text)] == []
+
+
+def test_the_readme_is_one_page():
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
