@@ -238,12 +238,18 @@ class CacheSensor(BaseSensorOperator):
             ref = parse_data_ref(self.data_ref)
             key = ref.cache_key
             if key is None:
-                raise self._wrong(f"data_ref names {ref.gcs_uri}, which no upload publishes")
+                raise self._wrong(
+                    f"data_ref names {ref.gcs_uri}, which no upload publishes: there is nothing "
+                    "to wait for"
+                )
             if bucket not in (None, key.bucket):
-                raise self._wrong(f"bucket_name is {bucket!r}, but data_ref names {ref.gcs_uri}")
+                raise self._wrong(
+                    f"bucket_name is {bucket!r}, but data_ref names {ref.gcs_uri}: leave it out"
+                )
             if namespace not in (_DEFAULT_NAMESPACE, key.namespace):
                 raise self._wrong(
-                    f"namespace_prefix is {namespace!r}, but data_ref names {ref.gcs_uri}"
+                    f"namespace_prefix is {namespace!r}, but data_ref names {ref.gcs_uri}: leave "
+                    "it out"
                 )
             bucket, namespace, content_hash = key.bucket, key.namespace, key.content_hash
             is_dir = ref.is_dir
@@ -271,7 +277,10 @@ class CacheSensor(BaseSensorOperator):
 
         data = data if isinstance(data, Data) else Data(data)
         if data.is_gcs:
-            raise self._wrong(f"data is {data.path}: only local data has a hash to wait for")
+            raise self._wrong(
+                f"data is {data.path}: only local data has a hash to wait for. Wait for its "
+                "objects with Google's own sensors"
+            )
         content_hash = take_snapshot(data.path, self.hash_index).content_hash
         self.log.info("Content hash of %s: %s", data.path, content_hash)
         return content_hash, data.is_dir

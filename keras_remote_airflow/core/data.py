@@ -24,7 +24,10 @@ class Data:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = os.fspath(path)
         if not path:
-            raise InvalidInputError("data path must not be empty")
+            raise InvalidInputError(
+                "data path must not be empty: expected a local path or a gs:// URI. If it comes "
+                "from a template, that rendered to nothing"
+            )
         self._raw_path = path
         self._path = path
         if self.is_gcs:
@@ -38,7 +41,8 @@ class Data:
             )
         if not os.path.exists(self._path):
             raise DataNotFoundError(
-                f"broken link: {self._path} points to {os.readlink(self._path)}, which is not there"
+                f"broken link: {self._path} points to {os.readlink(self._path)}, which is not "
+                "there. Remove the link or restore its target."
             )
 
     @property

@@ -147,7 +147,8 @@ class _Source:
         check_relative_path(path, "")
         if b"/" in path:
             raise IntegrityError(
-                f"{self.ref.gcs_uri} should be one file, but holds {found[0][1].name}"
+                f"{self.ref.gcs_uri} should be one file, but holds {found[0][1].name}. Check "
+                "is_dir in the ref."
             )
         return path.decode()
 
@@ -265,7 +266,8 @@ def _download(source: _Source, folder: str) -> Progress:
             # The folder was empty: two object names claim one place, as "a" and "a/b" do.
             place = os.path.relpath(exc.filename, folder)
             raise IntegrityError(
-                f"{source.ref.gcs_uri} cannot be a directory: more than one object claims {place}"
+                f"{source.ref.gcs_uri} cannot be a directory: more than one object claims {place}. "
+                "Remove the one that does not belong there."
             ) from exc
     return progress
 

@@ -95,11 +95,17 @@ def parse_data_ref(value: object) -> DataRef:
     gcs_uri = fields.get("gcs_uri", fields.get("uri"))
     is_dir, mount_path = fields.get("is_dir"), fields.get("mount_path")
     if not isinstance(gcs_uri, str):
-        raise InvalidInputError(f"data ref without a gcs_uri: {_shorten(value)}")
+        raise InvalidInputError(
+            f"data ref without a gcs_uri: expected a gs:// URI there, found {_shorten(value)}"
+        )
     if not isinstance(is_dir, bool):
-        raise InvalidInputError(f"data ref whose is_dir is not true or false: {_shorten(value)}")
+        raise InvalidInputError(
+            f"data ref whose is_dir is not true or false: found {_shorten(value)}"
+        )
     if mount_path is not None and not isinstance(mount_path, str):
-        raise InvalidInputError(f"data ref whose mount_path is not a string: {_shorten(value)}")
+        raise InvalidInputError(
+            f"data ref whose mount_path is neither a string nor null: found {_shorten(value)}"
+        )
     split_gcs_uri(gcs_uri)
     return DataRef(gcs_uri, is_dir, mount_path, KINETIC if "uri" in fields else KERAS_REMOTE)
 

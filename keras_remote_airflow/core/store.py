@@ -499,7 +499,7 @@ class _Sink:
         if self._corrupt >= _MAX_CORRUPT:
             raise IntegrityError(
                 f"{self._uri} arrived {self._corrupt} times as {found}; its metadata says "
-                f"{expected}."
+                f"{expected}. Look for what changes data on the way, such as a proxy."
             )
         raise RetryableError(f"arrived as {found}, expected {expected}")
 
