@@ -38,7 +38,7 @@ class CacheTrigger(BaseTrigger):
             the trigger moves to another triggerer, and under `dag.test()`, which knows no
             deferral timeout.
         exponential_backoff: wait twice as long after each look.
-        max_wait: seconds that no wait exceeds; None is no such bound.
+        max_wait: seconds that these waits do not exceed; None is no such bound.
         silent_fail: wait out refusals of Cloud Storage as well.
     """
 
@@ -118,11 +118,10 @@ class CacheTrigger(BaseTrigger):
 
     def _intervals(self) -> Iterator[float]:
         interval = self.poke_interval
-        longest = math.inf if self.max_wait is None else self.max_wait
         while True:
-            yield min(interval, longest)
+            yield interval
             if self.exponential_backoff:
-                interval *= 2
+                interval = min(interval * 2, math.inf if self.max_wait is None else self.max_wait)
 
     async def _pause(self, seconds: float) -> None:
         await asyncio.sleep(min(seconds, max(0.0, self.deadline - time.time())))

@@ -17,12 +17,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 _AIRFLOW = [sys.executable, "-m", "airflow"]
+_HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -93,16 +95,53 @@ def run_dag(airflow_home: dict[str, str]) -> Callable[..., FinishedRun]:
         reserialize: bool = False,
         **env: str,
     ) -> FinishedRun:
-        # A folder of one file: Airflow 3 looks the DAG up in the folder, whatever file is named.
-        folder = Path(airflow_home["AIRFLOW_HOME"]) / "dags" / dag_id
-        folder.mkdir(exist_ok=True)
-        (folder / Path(dag_file).name).write_bytes(Path(dag_file).read_bytes())
         options = ["--conf", json.dumps(conf)] if conf else []
-        env = airflow_home | {"AIRFLOW__CORE__DAGS_FOLDER": str(folder)} | env
+        env = airflow_home | _dags_folder(airflow_home, dag_file) | env
         if reserialize:
             _run([*_AIRFLOW, "dags", "reserialize"], env, timeout=timeout)
         log = _run([*_AIRFLOW, "dags", "test", dag_id, *options], env, timeout=timeout, check=False)
-        return _read_run(env, dag_id, log)
+        runs = _read_runs(env, dag_id, log)
+        if not runs:
+            pytest.fail(f"no run of {dag_id}:\n{log}")
+        return runs[-1]
+
+    return run
+
+
+@pytest.fixture
+def run_scheduler(airflow_home: dict[str, str]) -> Callable[..., list[FinishedRun]]:
+    """`run_scheduler(dag_file, dag_id, *, loops=50, timeout=180, **env)`: a real scheduler.
+
+    Runs `airflow scheduler` for so many loops: it creates the runs that are due, and runs their
+    tasks, of all DAGs in the file, which it unpauses. Returns all the runs that `dag_id` has by
+    then, oldest first.
+    """
+
+    def run(
+        dag_file: Path | str, dag_id: str, *, loops: int = 50, timeout: float = 180, **env: str
+    ) -> list[FinishedRun]:
+        is_airflow_2 = version("apache-airflow").startswith("2.")
+        env = (
+            airflow_home
+            | _dags_folder(airflow_home, dag_file)
+            | {
+                "AIRFLOW__CORE__EXECUTOR": (
+                    "SequentialExecutor" if is_airflow_2 else "inline_executor.InlineExecutor"
+                ),
+                "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+                "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
+                # Airflow 2 learns what an alias stands for when it parses the file again.
+                "AIRFLOW__SCHEDULER__MIN_FILE_PROCESS_INTERVAL": "1",
+                # SequentialExecutor calls `airflow` by its name.
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), airflow_home["PATH"]]),
+                "PYTHONPATH": os.pathsep.join([str(_HERE / "airflow"), airflow_home["PYTHONPATH"]]),
+            }
+            | env
+        )
+        # Before the first `dags test`, which would leave them paused; later it changes nothing.
+        _run([*_AIRFLOW, "dags", "reserialize"], env, timeout=timeout)
+        command = ["scheduler", "--num-runs", str(loops), "--skip-serve-logs"]
+        return _read_runs(env, dag_id, _run([*_AIRFLOW, *command], env, timeout=timeout))
 
     return run
 
@@ -155,6 +194,17 @@ def asset_events(airflow_home: dict[str, str]) -> Callable[[str], list[AssetEven
     return read
 
 
+def _dags_folder(env: dict[str, str], dag_file: Path | str) -> dict[str, str]:
+    """Put the file into a folder of its own, and return what tells Airflow so.
+
+    Airflow 3 looks a DAG up in the folder, whatever file is named.
+    """
+    folder = Path(env["AIRFLOW_HOME"]) / "dags" / Path(dag_file).stem
+    folder.mkdir(exist_ok=True)
+    (folder / Path(dag_file).name).write_bytes(Path(dag_file).read_bytes())
+    return {"AIRFLOW__CORE__DAGS_FOLDER": str(folder)}
+
+
 def _run(command: list[str], env: dict[str, str], timeout: float, check: bool = True) -> str:
     with subprocess.Popen(
         command,
@@ -181,23 +231,23 @@ def _open_database(env: dict[str, str]) -> sqlite3.Connection:
     return sqlite3.connect(f"file:{database}?mode=ro", uri=True)
 
 
-def _read_run(env: dict[str, str], dag_id: str, log: str) -> FinishedRun:
-    """Read the DAG's latest run."""
+def _read_runs(env: dict[str, str], dag_id: str, log: str) -> list[FinishedRun]:
+    """Read the DAG's runs, oldest first."""
     with _open_database(env) as db:
-        found = db.execute(
-            "SELECT run_id FROM dag_run WHERE dag_id = ? ORDER BY id DESC LIMIT 1", [dag_id]
-        ).fetchone()
-        if found is None:
-            pytest.fail(f"no run of {dag_id}:\n{log}")
-        instances = db.execute(
-            "SELECT task_id, map_index, state, try_number FROM task_instance"
-            " WHERE dag_id = ? AND run_id = ?",
-            [dag_id, *found],
-        ).fetchall()
-        values = db.execute(
-            "SELECT task_id, map_index, key, value FROM xcom WHERE dag_id = ? AND run_id = ?",
-            [dag_id, *found],
-        ).fetchall()
+        runs = db.execute("SELECT run_id FROM dag_run WHERE dag_id = ? ORDER BY id", [dag_id])
+        return [_read_run(db, dag_id, run_id, log) for (run_id,) in runs.fetchall()]
+
+
+def _read_run(db: sqlite3.Connection, dag_id: str, run_id: str, log: str) -> FinishedRun:
+    instances = db.execute(
+        "SELECT task_id, map_index, state, try_number FROM task_instance"
+        " WHERE dag_id = ? AND run_id = ?",
+        [dag_id, run_id],
+    ).fetchall()
+    values = db.execute(
+        "SELECT task_id, map_index, key, value FROM xcom WHERE dag_id = ? AND run_id = ?",
+        [dag_id, run_id],
+    ).fetchall()
     xcoms: dict[str, dict[str, Any]] = {}
     for task_id, map_index, key, value in values:
         xcoms.setdefault(_name(task_id, map_index), {})[key] = _decode(value)

@@ -17,9 +17,10 @@ os.environ["AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY"] = "True"  # 2.11 warns wi
 
 @dataclass
 class RecordingTaskInstance:
-    """The one method of a task instance that our tasks call."""
+    """What our tasks ask of a task instance."""
 
     xcoms: dict[str, Any] = field(default_factory=dict)
+    try_number: int = 1
 
     def xcom_push(self, key: str, value: Any) -> None:
         self.xcoms[key] = value
@@ -27,10 +28,13 @@ class RecordingTaskInstance:
 
 @pytest.fixture
 def execute(gcs_server: object) -> Callable[[Any], tuple[Any, dict[str, Any]]]:
-    """`execute(task)` returns what the task's execute() returned, and the XComs it pushed."""
+    """`execute(task)` returns what the task's execute() returned, and the XComs it pushed.
 
-    def run(task: Any) -> tuple[Any, dict[str, Any]]:
-        ti = RecordingTaskInstance()
+    `execute(task, xcoms)` puts them there, for tasks that raise.
+    """
+
+    def run(task: Any, xcoms: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        ti = RecordingTaskInstance({} if xcoms is None else xcoms)
         return task.execute({"ti": ti}), ti.xcoms
 
     return run

@@ -1,9 +1,13 @@
 """DataUploadOperator, executed in this process against a local Cloud Storage."""
 
+import logging
+import os
+from datetime import timedelta
+
 import pytest
 
-from keras_remote_airflow import Data, DataUploadOperator, execution
-from keras_remote_airflow._compat import AirflowFailException
+from keras_remote_airflow import Data, DataUploadOperator, execution, metrics, upload_data
+from keras_remote_airflow._compat import AirflowFailException, AirflowSkipException
 from keras_remote_airflow.core.errors import StoreError
 
 GOLDEN = "15d41417b45aa09c0450d8955b845bb278f2990728bcc5d919d62309a2c6ebee"
@@ -48,6 +52,8 @@ def test_constructing_it_touches_neither_the_data_nor_the_arguments():
         "gcp_conn_id": "{{ 4 }}",
         "impersonation_chain": ("{{ 5 }}", "{{ 6 }}"),
         "layout": "{{ 7 }}",
+        "verify": "{{ 8 }}",
+        "hash_index": "{{ 9 }}",
     }
     task = DataUploadOperator(task_id="upload", **arguments)
     assert {name: getattr(task, name) for name in task.template_fields} == arguments
@@ -94,6 +100,7 @@ def test_project_is_the_argument_then_the_connections(
         ({"bucket_name": "gs://test-bucket"}, "gs://test-bucket"),
         ({"namespace_prefix": "/"}, "namespace_prefix '/'"),
         ({"layout": "kinetik"}, "kinetik"),
+        ({"verify": "some"}, "unknown verify 'some'"),
     ],
 )
 def test_bad_input_fails_for_good(execute, gcs_server, dataset, arguments, words):
@@ -111,3 +118,85 @@ def test_a_refusal_is_left_to_the_tasks_retries(execute, gcs_server, dataset):
 
 def test_on_kill_does_nothing_while_nothing_is_transferred(dataset):
     upload(dataset).on_kill()
+
+
+def test_a_hit_that_skips_has_pushed_all_that_one_that_continues_pushes(execute, dataset):
+    ref, _ = execute(upload(dataset))
+    with pytest.raises(AirflowSkipException, match="nothing new"):
+        execute(upload(dataset, on_cache_hit="skip"), xcoms := {})
+    stats = xcoms.pop("upload_stats")
+    assert (stats["cache_hit"], stats["content_hash"]) == (True, GOLDEN)
+    assert xcoms == ref | {"return_value": ref}
+
+
+def test_a_miss_does_not_skip(execute, dataset):
+    ref, _ = execute(upload(dataset, on_cache_hit="skip"))
+    assert ref["gcs_uri"].endswith(GOLDEN)
+
+
+def test_an_unknown_on_cache_hit_fails_when_the_dag_is_parsed():
+    with pytest.raises(ValueError, match=r"task 'upload': unknown on_cache_hit 'stop'"):
+        upload("/data", on_cache_hit="stop")
+
+
+def test_dry_run_says_what_would_be_uploaded_and_writes_nothing(gcs_server, dataset, caplog):
+    caplog.set_level(logging.INFO)
+    upload(dataset).dry_run()
+    assert f"data-cache/{GOLDEN}, 2 files (2 B), would upload 2 (2 B)" in caplog.text
+    assert gcs_server.objects("test-bucket") == {}
+    upload_data("test-bucket", str(dataset))
+    upload(dataset).dry_run()
+    assert "would upload 0 (0 B)" in caplog.text
+
+
+def test_verify_full_sees_what_is_missing_beyond_the_first_page(execute, gcs_server, tmp_path):
+    for number in range(1001):
+        (tmp_path / f"{number:04}").touch()
+    uri = upload_data("test-bucket", str(tmp_path))
+    gcs_server.delete("test-bucket", f"{uri.removeprefix('gs://test-bucket/')}/1000")
+    _, first = execute(upload(tmp_path))
+    assert first["upload_stats"]["cache_hit"] is True
+    _, second = execute(upload(tmp_path, verify="full"))
+    assert (second["upload_stats"]["cache_hit"], second["upload_stats"]["uploaded_files"]) == (
+        False,
+        1,
+    )
+
+
+def test_hash_index_is_kept_where_it_is_told(execute, dataset, tmp_path):
+    for path in (dataset / "train.csv", dataset / "sub" / "eval.csv"):
+        os.utime(path, (1, 1))  # long enough ago to be recorded
+    execute(upload(dataset, hash_index=str(tmp_path / "index")))
+    assert (tmp_path / "index").read_bytes().startswith(b"KRAINDEX")
+
+
+class RecordingStats:
+    """The two calls that we make of Airflow's Stats."""
+
+    def __init__(self):
+        self.counted = {}
+        self.tags = []
+
+    def incr(self, stat, count=1, *, tags=None):
+        self.counted[stat] = self.counted.get(stat, 0) + count
+        self.tags.append(tags)
+
+    def timing(self, stat, dt, *, tags=None):
+        assert isinstance(dt, timedelta)
+        assert dt.total_seconds() > 0
+        self.counted[stat] = self.counted.get(stat, 0) + 1
+        self.tags.append(tags)
+
+
+def test_hits_misses_files_bytes_and_durations_are_counted(execute, dataset, monkeypatch):
+    monkeypatch.setattr(metrics, "Stats", stats := RecordingStats())
+    for data in (dataset, dataset, "gs://elsewhere/a"):
+        execute(upload(data))
+    assert stats.counted == {
+        "keras_remote.upload.misses": 1,
+        "keras_remote.upload.hits": 1,
+        "keras_remote.upload.files": 2,
+        "keras_remote.upload.bytes": 2,
+        "keras_remote.upload.duration": 2,
+    }
+    assert all(tags["task_id"] == "upload" and "dag_id" in tags for tags in stats.tags)

@@ -4,6 +4,7 @@ What needs a scheduler or a trigger (reschedule mode, deferral, retries) is in t
 """
 
 import json
+import os
 
 import pytest
 
@@ -16,6 +17,11 @@ from keras_remote_airflow._compat import (
 from keras_remote_airflow.core.errors import StoreError
 from keras_remote_airflow.core.refs import make_data_ref
 from keras_remote_airflow.testing import Fault
+
+try:
+    from airflow.sdk.exceptions import TaskDeferred
+except ImportError:  # Airflow 3.1 and older
+    from airflow.exceptions import TaskDeferred
 
 GOLDEN = "15d41417b45aa09c0450d8955b845bb278f2990728bcc5d919d62309a2c6ebee"
 GCS_URI = f"gs://test-bucket/default/data-cache/{GOLDEN}"
@@ -115,6 +121,36 @@ def test_an_outage_is_waited_out(execute, published, gcs_server, monkeypatch):
     assert outages == []
 
 
+def test_silent_fail_waits_a_refusal_out(execute, published, gcs_server):
+    gcs_server.add_fault(Fault(path=MARKER, times=2, status=403))
+    assert execute(sensor(data_ref=published, silent_fail=True))[0] == published
+
+
+def test_silent_fail_defers_after_a_refusal(execute, gcs_server):
+    gcs_server.deny("get")
+    task = sensor(
+        content_hash=GOLDEN,
+        bucket_name="test-bucket",
+        silent_fail=True,
+        deferrable=True,
+        exponential_backoff=True,
+        max_wait=60,
+    )
+    with pytest.raises(TaskDeferred) as deferred:
+        execute(task)
+    _, arguments = deferred.value.trigger.serialize()
+    assert (arguments["silent_fail"], arguments["exponential_backoff"]) == (True, True)
+    assert arguments["max_wait"] == 60.0
+
+
+def test_hash_index_is_kept_where_it_is_told(execute, published, dataset, tmp_path):
+    for path in (dataset / "train.csv", dataset / "sub" / "eval.csv"):
+        os.utime(path, (1, 1))  # long enough ago to be recorded
+    index = tmp_path / "index"
+    execute(sensor(data=str(dataset), bucket_name="test-bucket", hash_index=str(index)))
+    assert index.read_bytes().startswith(b"KRAINDEX")
+
+
 @pytest.mark.parametrize("deferrable", [False, True])
 def test_a_refusal_is_left_to_the_tasks_retries(execute, published, gcs_server, deferrable):
     gcs_server.deny("get")
@@ -153,6 +189,10 @@ def test_wrong_combinations_fail_when_the_dag_is_parsed(arguments, words):
         ({"content_hash": GOLDEN, "bucket_name": "gs://b"}, "invalid bucket name 'gs://b'"),
         ({"content_hash": GOLDEN, "bucket_name": ""}, "invalid bucket name ''"),
         ({"content_hash": GOLDEN, "bucket_name": "bbb", "layout": "x"}, "unknown layout 'x'"),
+        (
+            {"content_hash": GOLDEN, "bucket_name": "test-bucket", "verify": "some"},
+            "unknown verify 'some'",
+        ),
         ({"data": "/no/such", "bucket_name": "test-bucket"}, "/no/such"),
         ({"data": "gs://b/c/", "bucket_name": "test-bucket"}, "'wait': data is gs://b/c/"),
         ({"data_ref": "None"}, "not a data ref"),
@@ -192,6 +232,8 @@ def test_constructing_it_leaves_the_arguments_alone():
         "gcp_conn_id": "{{ 5 }}",
         "impersonation_chain": ("{{ 6 }}",),
         "layout": "{{ 7 }}",
+        "verify": "{{ 8 }}",
+        "hash_index": "{{ 9 }}",
     }
     task = sensor(**arguments)
     rendered = {name: getattr(task, name) for name in task.template_fields}

@@ -23,9 +23,9 @@ MARKER = f"default/data-cache/{GOLDEN}/.cache_marker"
 REF = make_data_ref(f"gs://test-bucket/default/data-cache/{GOLDEN}", is_dir=True)
 
 
-def trigger(seconds=5.0, **lookup):
+def trigger(seconds=5.0, waits=(), **lookup):
     fields = asdict(Lookup(**{"bucket_name": "test-bucket", "content_hash": GOLDEN} | lookup))
-    return CacheTrigger(fields, poke_interval=0.01, deadline=time.time() + seconds)
+    return CacheTrigger(fields, 0.01, time.time() + seconds, **dict(waits))
 
 
 async def events(cache_trigger):
@@ -49,7 +49,13 @@ def test_fires_the_ref(published):
 
 
 def test_survives_its_own_serialization_through_json(published):
-    before = trigger(impersonation_chain=["a", "b"], layout="kinetic", mount_path="/m")
+    before = trigger(
+        impersonation_chain=["a", "b"],
+        layout="kinetic",
+        mount_path="/m",
+        verify="full",
+        waits={"exponential_backoff": True, "max_wait": 5.0, "silent_fail": True},
+    )
     path, arguments = json.loads(json.dumps(before.serialize()))
     assert path == "keras_remote_airflow.triggers.CacheTrigger"
     assert CacheTrigger(**arguments).serialize() == before.serialize()
@@ -79,6 +85,32 @@ def test_looks_again_until_it_is_there(published, gcs_server):
     assert run(trigger())["status"] == "found"
     looks = [request.status for request in gcs_server.requests if request.path.endswith(MARKER)]
     assert looks == [404, 404, 404, 200]
+
+
+@pytest.mark.parametrize(
+    ("waits", "expected"),
+    [
+        ({}, [0.01] * 6),
+        ({"exponential_backoff": True}, [0.01, 0.02, 0.04, 0.08, 0.16, 0.32]),
+        ({"exponential_backoff": True, "max_wait": 0.05}, [0.01, 0.02, 0.04, 0.05, 0.05, 0.05]),
+        ({"max_wait": 0.005}, [0.01] * 6),
+    ],
+)
+def test_waits_as_long_as_it_is_told(published, gcs_server, monkeypatch, waits, expected):
+    slept = []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    gcs_server.add_fault(Fault(path=MARKER, times=6, status=404))
+    assert run(trigger(seconds=60, waits=waits))["status"] == "found"
+    assert slept == pytest.approx(expected)
+
+
+def test_silent_fail_waits_a_refusal_out(published, gcs_server):
+    gcs_server.add_fault(Fault(path=MARKER, times=2, status=403))
+    assert run(trigger(waits={"silent_fail": True}))["status"] == "found"
 
 
 def test_gives_up_at_the_deadline(gcs_server):
