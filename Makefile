@@ -7,8 +7,8 @@ DEMO_DIR ?= .demo
 BENCH_ARGS ?= --json docs/benchmark.json --plot docs/benchmark.png
 
 AIRFLOWS := 2.11 3.1 3.2 3.3
-# Airflow 3.2 itself sets no such bound, and does not start with newer ones.
-BOUNDS_3.2 := 'fastapi<0.137'
+# Airflow 3.2 itself sets no such bounds; its API does not work with newer ones.
+BOUNDS_3.2 := 'fastapi<0.137' 'svcs<26'
 NEWEST := $(lastword $(AIRFLOWS))
 UV = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv
 # What `uv pip install` is to install.

@@ -46,7 +46,6 @@ def airflow_home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "AIRFLOW__CORE__DAGS_FOLDER": str(home / "dags"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
-        "AIRFLOW__API_AUTH__JWT_SECRET": "j" * 64,  # 3.2 does not make one for `dags test`
         "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",  # 2.11 warns without it
         "AIRFLOW_CONN_GOOGLE_CLOUD_DEFAULT": json.dumps(
             {
