@@ -51,9 +51,14 @@ def is_work_of_an_earlier_try(context: Context, happened_at: str | None) -> bool
 
     Args:
         context: the running task's.
-        happened_at: RFC 3339, in whole seconds; None if nobody knows.
+        happened_at: RFC 3339, in whole seconds. None or anything else is "nobody knows", and so
+            is a time without a zone: a marker's receipt is somebody else's text.
     """
-    if happened_at is None or context["ti"].try_number < 2:
+    began = context["dag_run"].start_date if context["ti"].try_number > 1 else None
+    if began is None or not happened_at:
         return False
-    began = context["dag_run"].start_date
-    return began is not None and datetime.fromisoformat(happened_at) >= began.replace(microsecond=0)
+    try:
+        happened = datetime.fromisoformat(happened_at)
+    except ValueError:
+        return False
+    return happened.tzinfo is not None and happened >= began.replace(microsecond=0)
