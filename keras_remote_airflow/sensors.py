@@ -274,6 +274,7 @@ class CacheSensor(BaseSensorOperator):
     def _hash(self, data: "str | Data") -> tuple[str, bool]:
         from keras_remote_airflow.core.data import Data
         from keras_remote_airflow.core.hashing import take_snapshot
+        from keras_remote_airflow.core.index import default_index
 
         data = data if isinstance(data, Data) else Data(data)
         if data.is_gcs:
@@ -281,7 +282,7 @@ class CacheSensor(BaseSensorOperator):
                 f"data is {data.path}: only local data has a hash to wait for. Wait for its "
                 "objects with Google's own sensors"
             )
-        content_hash = take_snapshot(data.path, self.hash_index).content_hash
+        content_hash = take_snapshot(data.path, self.hash_index or default_index()).content_hash
         self.log.info("Content hash of %s: %s", data.path, content_hash)
         return content_hash, data.is_dir
 

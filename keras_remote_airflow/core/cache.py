@@ -10,12 +10,13 @@ import random
 import time
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from keras_remote_airflow.core.data import Data
 from keras_remote_airflow.core.errors import ConflictError, InvalidInputError, MarkerError
 from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH, Snapshot, take_snapshot
+from keras_remote_airflow.core.index import default_index
 from keras_remote_airflow.core.inventory import data_objects, differences
 from keras_remote_airflow.core.layout import (
     RESERVED_NAME,
@@ -26,12 +27,14 @@ from keras_remote_airflow.core.layout import (
     check_relative_path,
     get_layout,
     parse_marker,
+    split_gcs_uri,
 )
 from keras_remote_airflow.core.progress import Progress, format_bytes
 from keras_remote_airflow.core.store import (
     ObjectStore,
     Upload,
     first_page,
+    how_to_clear,
     list_objects,
     open_store,
 )
@@ -194,10 +197,11 @@ def upload(
     if not isinstance(data, Data):
         data = Data(data)
     if data.is_gcs:
+        split_gcs_uri(data.path)
         _log.info("Data is on Cloud Storage already: %s", data.path)
         return UploadResult(data.path, data.is_dir)
 
-    snapshot = take_snapshot(data.path, hash_index)
+    snapshot = take_snapshot(data.path, hash_index or default_index())
     key = CacheKey(bucket_name, namespace_prefix, snapshot.content_hash, chosen_layout)
     _check_names(snapshot, key)
     sent = Progress(_log, f"Uploading to {key.gcs_uri}", len(snapshot), snapshot.total_bytes)
@@ -252,7 +256,7 @@ def find(
     Reads the marker and one page of the listing (`verify="full"`: all of it). A marker whose
     objects are gone counts as none, and a warning says so.
 
-    Parameters and errors are those of `upload`.
+    `content_hash` is 64 hex digits; the other parameters and the errors are those of `upload`.
     """
     key = CacheKey(bucket_name, namespace_prefix, content_hash, get_layout(layout))
     _check_verify(verify)
@@ -288,13 +292,8 @@ def lookup(
             )
         missing = sum(1 for _ in _missing(store, key, snapshot, only_first_page=verify == "page"))
         problem = f"{missing} of its objects are gone" if missing else None
-        entry = CacheEntry(key.gcs_uri, snapshot.is_dir, len(snapshot), snapshot.total_bytes)
     else:
         problem = _disagreement(store, key, receipt, verify)
-        entry = CacheEntry(key.gcs_uri, None, None, None)
-        if receipt:
-            entry = CacheEntry(key.gcs_uri, receipt.is_dir, receipt.files, receipt.total_bytes)
-    entry = replace(entry, published_at=receipt.created_at or None if receipt else None)
     if problem:
         _log.warning(
             "%s has its marker, but %s (a lifecycle rule may have deleted them): not a hit until "
@@ -303,7 +302,13 @@ def lookup(
             problem,
         )
         return None
-    return entry
+    if snapshot is not None:
+        known = snapshot.is_dir, len(snapshot), snapshot.total_bytes
+    elif receipt:
+        known = receipt.is_dir, receipt.files, receipt.total_bytes
+    else:
+        return CacheEntry(key.gcs_uri, None, None, None)
+    return CacheEntry(key.gcs_uri, *known, published_at=receipt.created_at if receipt else None)
 
 
 def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progress) -> None:
@@ -324,7 +329,7 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progres
             file = snapshot.record(index)
             yield Upload(
                 snapshot.local_path(file.path),
-                key.prefix + file.path,
+                key.object_name(file.path),
                 file.size,
                 file.mtime_ns,
                 file.crc32c,
@@ -424,30 +429,41 @@ def _missing(
                     if expected
                     else "is under this content hash but not in the data"
                 )
-                + f". Nothing was overwritten. Find out who wrote it; to clear it: gcloud storage "
-                f"rm '{uri}'"
+                + f". Nothing was overwritten. Find out who wrote it; {how_to_clear(uri)}"
             )
 
 
 def _disagreement(
     store: ObjectStore, key: CacheKey, receipt: Receipt | None, verify: str
 ) -> str | None:
-    """Say how the objects under `key` disagree with its receipt, or return None."""
+    """Say which objects under `key` are missing by its receipt, or return None.
+
+    Raises ConflictError if there are more than it says.
+    """
     if receipt is None:
         # Another client's marker says nothing of its objects; only the empty directory has none.
         objects = data_objects(list_objects(store, key.prefix), key.prefix)
         some = next(objects, None) is not None
         return None if some or key.content_hash == EMPTY_DIRECTORY_HASH else "it has no objects"
-    page = first_page(store, key.prefix)
-    whole = page.next_token is None or verify == "full"
-    shown = list_objects(store, key.prefix) if page.next_token and whole else page.objects
+    if verify == "full":
+        whole, shown = True, list_objects(store, key.prefix)
+    else:
+        page = first_page(store, key.prefix)
+        whole, shown = page.next_token is None, iter(page.objects)
     files = size = 0
     for _, info in data_objects(shown, key.prefix):
         files += 1
         size += info.size
+    if files > receipt.files or size > receipt.total_bytes:
+        # No upload mends this: waiting for one would be in vain.
+        raise ConflictError(
+            f"{key.gcs_uri} has {files} objects with {size} bytes, more than the {receipt.files} "
+            f"with {receipt.total_bytes} that its marker says. Find out who wrote the others, and "
+            "remove them."
+        )
     if whole and (files, size) != (receipt.files, receipt.total_bytes):
         return (
             f"it has {files} objects with {size} bytes where the marker says {receipt.files} with "
             f"{receipt.total_bytes}"
         )
-    return None if whole or files <= receipt.files else "it has more objects than the marker says"
+    return None

@@ -5,6 +5,7 @@ import os
 
 from keras_remote_airflow.core.errors import DataNotFoundError, InvalidInputError
 from keras_remote_airflow.core.hashing import take_snapshot
+from keras_remote_airflow.core.index import default_index
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class Data:
     def content_hash(self) -> str:
         """Read the data and return its content hash: 64 hex digits, see `core.hashing`.
 
+        Reads and writes the hash index that `KERAS_REMOTE_HASH_INDEX` names, if any.
+
         Raises:
             ValueError: the data is on Cloud Storage already, or holds something that is no
                 readable file.
@@ -72,7 +75,7 @@ class Data:
             raise InvalidInputError(
                 f"cannot compute a content hash for {self._path}: only local data is hashed"
             )
-        return take_snapshot(self._path).content_hash
+        return take_snapshot(self._path, default_index()).content_hash
 
     def __repr__(self) -> str:
         return f"Data({self._raw_path!r})"

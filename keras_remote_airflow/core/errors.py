@@ -19,7 +19,7 @@ class DataNotFoundError(InvalidInputError, FileNotFoundError):
 
 
 class DataChangedError(KerasRemoteError):
-    """Local data changed between being hashed and being uploaded; nothing was published."""
+    """Local data changed while it was hashed or before it was uploaded; nothing was published."""
 
 
 class ConflictError(KerasRemoteError):

@@ -36,7 +36,7 @@ from keras_remote_airflow.core.errors import (
     InvalidInputError,
     KerasRemoteError,
 )
-from keras_remote_airflow.core.index import open_index
+from keras_remote_airflow.core.index import HashIndex
 from keras_remote_airflow.core.progress import Progress
 
 _log = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ _log = logging.getLogger(__name__)
 # Below this a file is hashed inline. hashlib lets go of the interpreter lock above 2 KiB, and
 # threads that hash small files spend their time fighting over it.
 _SMALL = 128 * 1024
+# A link that leads to itself or through a file; a path longer than the system takes.
+_UNUSABLE = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
 _CHUNK = 1024 * 1024
 # O_NONBLOCK: should a FIFO take a file's place after the directory was listed, opening it must
 # not hang. It means nothing to a regular file.
@@ -135,9 +137,9 @@ class Snapshot:
         self._digests[32 * index : 32 * index + 32] = digest
         self._crcs[index] = crc32c
 
-    def _finish(self) -> None:
-        kind = b"dir:" if self.is_dir else b"file:"
-        self.content_hash = hashlib.sha256(kind + self._digests).hexdigest()
+    def hash_as(self, is_dir: bool) -> str:
+        """Return the content hash that the same files have as a directory, or as a single file."""
+        return hashlib.sha256((b"dir:" if is_dir else b"file:") + self._digests).hexdigest()
 
 
 # SHA-256("dir:"): the one dataset that has no objects.
@@ -149,9 +151,8 @@ def take_snapshot(path: str, hash_index: str | None = None) -> Snapshot:
 
     Args:
         path: absolute local path.
-        hash_index: file of a hash index (see `core.index`): files that it knows and that are
-            unchanged are not read. None takes the environment's `KERAS_REMOTE_HASH_INDEX`, or
-            reads every file.
+        hash_index: file of a hash index (see `core.index`), which is read, and written if anything
+            is new: files that it knows and that are unchanged are not read. None reads every file.
 
     Returns:
         The snapshot, content hash included.
@@ -166,8 +167,10 @@ def take_snapshot(path: str, hash_index: str | None = None) -> Snapshot:
     snapshot = Snapshot(path, is_dir)
     progress = Progress(_log, f"Hashing {path}")
     stop = threading.Event()
-    index = open_index(hash_index, path)
-    with ThreadPoolExecutor(os.cpu_count() or 1, "hash") as pool:
+    index = HashIndex(hash_index, path) if hash_index else None
+    # The processors this process may use: a container's share, not the whole machine's.
+    threads = min(32, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads, "hash") as pool:
         window: deque[Future[None]] = deque()
         try:
             for name, file_path in _walk(path) if is_dir else _single(path):
@@ -189,13 +192,13 @@ def take_snapshot(path: str, hash_index: str | None = None) -> Snapshot:
                     snapshot, len(snapshot) - 1, name, file_path, descriptor, state.st_size
                 )
                 window.append(pool.submit(large.hash, progress, stop))
-                if len(window) > 4 * (os.cpu_count() or 1):
+                if len(window) > 2 * threads:
                     window.popleft().result()
             for future in window:
                 future.result()
         finally:
             stop.set()
-    snapshot._finish()
+    snapshot.content_hash = snapshot.hash_as(snapshot.is_dir)
     if index:
         index.save(snapshot)
     _log.debug(
@@ -257,7 +260,7 @@ def _check_size(path: str, opened: int, read: int) -> None:
 def _open(path: str) -> tuple[int, os.stat_result]:
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
-    except (FileNotFoundError, PermissionError) as exc:
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as exc:
         raise _inaccessible(path, exc) from exc
     opened = os.fstat(descriptor)
     if not stat.S_ISREG(opened.st_mode):
@@ -269,12 +272,12 @@ def _open(path: str) -> tuple[int, os.stat_result]:
 def _stat(path: str) -> os.stat_result:
     try:
         return os.stat(path)
-    except (FileNotFoundError, PermissionError) as exc:
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as exc:
         raise _inaccessible(path, exc) from exc
 
 
 def _inaccessible(path: str, error: OSError) -> KerasRemoteError:
-    if isinstance(error, FileNotFoundError):
+    if not isinstance(error, PermissionError):
         return DataChangedError(
             f"{path} vanished while the data was being read. Retry once nothing writes to it."
         )
@@ -331,9 +334,10 @@ def _list(root: str, folder: str, linked: list[str]) -> tuple[list[str], list[st
     except (FileNotFoundError, PermissionError) as exc:
         raise _inaccessible(f"{root}/{folder}", exc) from exc
     except OSError as exc:
-        if exc.errno == errno.ELOOP:
+        if exc.errno in _UNUSABLE:
             raise InvalidInputError(
-                f"link loop: {exc.filename or root + '/' + folder} points to itself. Remove it."
+                f"cannot follow the link or path {exc.filename or root + '/' + folder}: "
+                f"{exc.strerror}. Remove the link, or shorten the path."
             ) from exc
         raise
     files.sort()

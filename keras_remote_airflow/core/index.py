@@ -9,8 +9,9 @@ Use it for data on a local disk. Not on mounts whose inode numbers or times chan
 changed one unchanged.
 
 An index that is missing, corrupt, locked or of a newer format is ignored with a warning: it only
-ever saves time. Processes may share one: readers see a whole file, which writers replace one at a
-time, keeping each other's sections.
+ever saves time. A file that is no index, or one of a newer format, is never written to. Processes
+may share one: readers see a whole file, which writers replace one at a time, keeping each other's
+sections.
 
 Format (all numbers little-endian):
 
@@ -37,12 +38,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import google_crc32c
 
+from keras_remote_airflow.core.errors import InvalidInputError
+
 if TYPE_CHECKING:
     from keras_remote_airflow.core.hashing import Snapshot
 
 _log = logging.getLogger(__name__)
 
-ENVIRONMENT_VARIABLE = "KERAS_REMOTE_HASH_INDEX"
+_ENVIRONMENT_VARIABLE = "KERAS_REMOTE_HASH_INDEX"
 
 _MAGIC = b"KRAINDEX"
 _FORMAT_VERSION = 1
@@ -51,6 +54,23 @@ _PREAMBLE = struct.Struct("<8sII")
 # to 2 s, ext3 to 1 s, most others to a few milliseconds.
 _GRANULARITY_NS = 2_000_000_000
 _NUMBERS = "QqqqQQ"  # end of name, size, mtime_ns, ctime_ns, inode, device
+
+
+class _ForeignError(ValueError):
+    """A file that is no hash index, or one of a newer format: never to be replaced."""
+
+
+# What reading a file of any content may raise.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+    struct.error,
+)
 
 
 class _Table:
@@ -112,6 +132,12 @@ class HashIndex:
     def __init__(self, path: str, root: str) -> None:
         self._path = os.path.abspath(os.path.expanduser(path))
         self._root = root
+        if os.path.commonpath([self._path, root]) == root:
+            raise InvalidInputError(
+                f"hash index {self._path} lies in the data that it is about, {root}, and would "
+                "change it. Keep it elsewhere."
+            )
+        self._may_replace = True
         self._known = self._load()
         self._positions: dict[bytes, int] | None = None
         self._next = 0
@@ -163,7 +189,7 @@ class HashIndex:
 
     def save(self, snapshot: "Snapshot") -> None:
         """Record a snapshot whose every file was asked for, in its order, if anything is new."""
-        if self._found == len(snapshot) == len(self._known):
+        if not self._may_replace or self._found == len(snapshot) == len(self._known):
             return
         table = _Table()
         settled = self._started_ns - _GRANULARITY_NS
@@ -194,7 +220,8 @@ class HashIndex:
                     return _Table.from_bytes(content, section["files"], section["names"])
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as exc:
+        except _UNREADABLE as exc:
+            self._may_replace = not isinstance(exc, _ForeignError)
             _log.warning("Hash index %s is ignored: %s", self._path, exc)
         return _Table()
 
@@ -202,7 +229,7 @@ class HashIndex:
         """Put the table into the file, beside the sections of roots that still exist."""
         folder = os.path.dirname(self._path)
         os.makedirs(folder, exist_ok=True)
-        with open(self._path + ".lock", "wb") as lock:
+        with open(self._path + ".lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             contents = self._other_sections()
             content = table.to_bytes()
@@ -227,7 +254,7 @@ class HashIndex:
                 raise
 
     def _other_sections(self) -> list[tuple[dict[str, Any], bytes]]:
-        with suppress(OSError, ValueError, KeyError, TypeError, struct.error):
+        with suppress(*_UNREADABLE):
             with open(self._path, "rb") as file:
                 sections = [
                     (section, file.read(section["length"])) for section in _read_header(file)
@@ -240,22 +267,21 @@ class HashIndex:
         return []
 
 
-def open_index(path: str | None, root: str) -> HashIndex | None:
-    """Return the hash index for `root`, or None where nobody asked for one.
-
-    Args:
-        path: the index file; None takes the environment's `KERAS_REMOTE_HASH_INDEX`.
-        root: absolute path of the data.
-    """
-    path = path or os.environ.get(ENVIRONMENT_VARIABLE)
-    return HashIndex(path, root) if path else None
+def default_index() -> str | None:
+    """Return the index file that the environment's `KERAS_REMOTE_HASH_INDEX` names, or None."""
+    return os.environ.get(_ENVIRONMENT_VARIABLE) or None
 
 
 def _read_header(file: BinaryIO) -> list[dict[str, Any]]:
-    magic, version, length = _PREAMBLE.unpack(file.read(_PREAMBLE.size))
+    preamble = file.read(_PREAMBLE.size)
+    if len(preamble) < _PREAMBLE.size and not _MAGIC.startswith(preamble[: len(_MAGIC)]):
+        raise _ForeignError("it is another file, which is left alone")
+    magic, version, length = _PREAMBLE.unpack(preamble)
     if magic != _MAGIC:
-        raise ValueError("it is no hash index")
+        raise _ForeignError("it is another file, which is left alone")
     if version != _FORMAT_VERSION:
-        raise ValueError(f"it has format_version {version}, this version reads {_FORMAT_VERSION}")
+        raise _ForeignError(
+            f"it has format_version {version}, this version reads {_FORMAT_VERSION}"
+        )
     sections: list[dict[str, Any]] = json.loads(file.read(length))["sections"]
     return sections

@@ -124,7 +124,12 @@ def split_gcs_uri(gcs_uri: str) -> tuple[str, str]:
     Raises InvalidInputError for anything else.
     """
     bucket, _, name = gcs_uri.removeprefix("gs://").partition("/")
-    if not gcs_uri.startswith("gs://"):
+    encoded = name.encode(errors="surrogatepass")
+    if (
+        not gcs_uri.startswith("gs://")
+        or len(encoded) > MAX_OBJECT_NAME_BYTES
+        or encoded.decode(errors="replace") != name
+    ):
         raise InvalidInputError(f"not a Cloud Storage URI: {gcs_uri!r}; expected gs://bucket/name")
     return check_bucket(bucket), name
 

@@ -4,9 +4,9 @@ Objects are downloaded into a directory beside the destination, each checked aga
 CRC32C; then the whole is hashed anew, from disk, and only if it is what the ref names it is
 renamed into place. Who opens the destination finds nothing or everything.
 
-The temporary directory has a fixed name, `.{name}.partial`, and is locked (flock) by whoever
-fills it: a second process waits and then reuses the result, and what a killed one left behind is
-swept by the next.
+The temporary directory has a name that follows from the destination's, `.keras-remote-….partial`,
+and is locked (flock) by whoever fills it: a second process waits and then reuses the result, and
+what a killed one left behind is swept by the next.
 """
 
 import errno
@@ -24,7 +24,7 @@ from itertools import islice
 from typing import Any
 
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError
-from keras_remote_airflow.core.hashing import Snapshot, take_snapshot
+from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH, Snapshot, take_snapshot
 from keras_remote_airflow.core.inventory import data_objects, differences
 from keras_remote_airflow.core.layout import (
     CacheKey,
@@ -89,28 +89,28 @@ def materialize(
     """
     parsed = parse_data_ref(ref)
     key = parsed.cache_key
-    target = dest or parsed.mount_path
+    target = os.path.expanduser(dest) if dest else parsed.mount_path
     if key and not target:
         target = _default_dest(key.content_hash, cache_dir)
-    if key and parsed.is_dir and target and _holds_directory(target, key.content_hash):
-        _log.info("Reusing %s: it holds %s", target, parsed.gcs_uri)
-        return os.path.abspath(target)
+    if target:
+        target = _check_dest(target)
+    held = None
+    if key and parsed.is_dir and target and _is_taken(target):
+        held = take_snapshot(target)
+        if held.content_hash == key.content_hash:  # needs no network
+            return _reuse(parsed, target, None)
     with open_store(split_gcs_uri(parsed.gcs_uri)[0], client, project, retry) as store:
-        source = _Source(store, parsed, key)
-        target = os.path.abspath(target or _default_dest(source.fingerprint(), cache_dir))
-        if os.path.lexists(target) and not os.path.isdir(target):
-            raise InvalidInputError(
-                f"destination {target} is not a directory: choose one, or a path that is not there"
-            )
+        source = _RefData(store, parsed, key)
+        if held and target:
+            return _reuse(parsed, target, source.problem(held))
+        target = target or _check_dest(_default_dest(source.fingerprint(), cache_dir))
         if parsed.is_dir:
-            folder, name = os.path.split(target)
-            return _fetch(source, os.path.join(folder, f".{name}.partial"), target)
-        name = source.single_name()
-        return _fetch(source, os.path.join(target, f".{name}.partial"), os.path.join(target, name))
+            return _fetch(source, os.path.dirname(target), target)
+        return _fetch(source, target, os.path.join(target, source.single_name()))
 
 
 @dataclass(frozen=True)
-class _Source:
+class _RefData:
     """The objects behind a ref.
 
     Attributes:
@@ -165,13 +165,19 @@ class _Source:
             return None
         faults = [_fault(snapshot, *found) for found in differences(snapshot, self.objects())]
         if self.key:
-            if not len(snapshot):
-                return "no objects are there; a lifecycle rule may have deleted them"
+            self._check_kind(snapshot)
             faults += self._unlike_uploaded(snapshot) + self._unlike_receipt(snapshot)
             faults.append(f"its content hash is {snapshot.content_hash}")
-        elif not len(snapshot) and not faults:
-            return "no objects are there"
         return "; ".join(faults[:5]) or None
+
+    def _check_kind(self, snapshot: Snapshot) -> None:
+        assert self.key is not None  # noqa: S101 - for the type checker; only called with a key
+        if snapshot.hash_as(not self.ref.is_dir) == self.key.content_hash:
+            kind = "a single file" if self.ref.is_dir else "a directory"
+            raise InvalidInputError(
+                f"the ref says is_dir={self.ref.is_dir}, but {self.ref.gcs_uri} is {kind}. Correct "
+                "the ref."
+            )
 
     def _unlike_uploaded(self, snapshot: Snapshot) -> list[str]:
         """Name files that differ from the digest which their uploader attached."""
@@ -207,22 +213,37 @@ def _fault(snapshot: Snapshot, index: int | None, info: ObjectInfo | None) -> st
     return f"{path} differs from its object" if info else f"{path} has no object"
 
 
-def _fetch(source: _Source, partial: str, final: str) -> str:
-    """Fill `final` through `partial`, a directory on the same file system; return `final`."""
-    os.makedirs(os.path.dirname(partial), exist_ok=True)
+def _reuse(ref: DataRef, final: str, problem: str | None) -> str:
+    """Return `final`, which something is at, unless there is a problem with that."""
+    if problem:
+        raise InvalidInputError(
+            f"destination {final} holds something other than {ref.gcs_uri} ({problem}). Nothing "
+            "was overwritten: choose another dest, or remove it."
+        )
+    _log.info("Reusing %s: it holds %s", final, ref.gcs_uri)
+    return final
+
+
+def _fetch(source: _RefData, folder: str, final: str) -> str:
+    """Fill `final` through a directory of our own in `folder`, which is on the same file system."""
+    os.makedirs(folder, exist_ok=True)
+    partial = os.path.join(folder, partial_name(final))
     with _locked(partial):
         if _is_taken(final):
-            problem = source.problem(take_snapshot(final))
-            if problem:
-                raise InvalidInputError(
-                    f"destination {final} holds something other than {source.ref.gcs_uri} "
-                    f"({problem}). Nothing was overwritten: choose another dest, or remove it."
-                )
-            _log.info("Reusing %s: it holds %s", final, source.ref.gcs_uri)
-            return final
+            return _reuse(source.ref, final, source.problem(take_snapshot(final)))
         if os.path.ismount(final):
             raise _mount_point(final)
+        if os.path.isdir(final) and os.path.samefile(final, os.curdir):
+            raise InvalidInputError(
+                f"destination {final} is the current directory, which cannot be replaced as a "
+                "whole. Choose a directory inside it."
+            )
         progress = _download(source, partial)
+        if not progress.files and not _may_be_empty(source):
+            raise IntegrityError(
+                f"{source.ref.gcs_uri} is not what its ref names: no objects are there. Check the "
+                "URI; if a lifecycle rule deleted them, have the data uploaded again."
+            )
         whole = partial if source.ref.is_dir else os.path.join(partial, os.path.basename(final))
         problem = source.problem(take_snapshot(whole))
         if problem:
@@ -231,7 +252,7 @@ def _fetch(source: _Source, partial: str, final: str) -> str:
                 f"{final}. Have the data uploaded again under a clean prefix."
             )
         if source.ref.is_dir:
-            os.chmod(partial, 0o777 & ~_umask())
+            os.chmod(partial, _mode_for(final))
         _rename(whole, final)
     _log.info(
         "Materialized %s at %s: %d files (%s) in %.1f s",
@@ -244,7 +265,16 @@ def _fetch(source: _Source, partial: str, final: str) -> str:
     return final
 
 
-def _download(source: _Source, folder: str) -> Progress:
+def partial_name(final: str) -> str:
+    """Return the name of the directory through which `final` is filled.
+
+    A name that nobody else gives a file, and short however long the destination's own is.
+    """
+    name = os.path.basename(final).encode(errors="surrogateescape")
+    return f".keras-remote-{hashlib.sha256(name).hexdigest()[:16]}.partial"
+
+
+def _download(source: _RefData, folder: str) -> Progress:
     progress = Progress(_log, f"Downloading {source.ref.gcs_uri}")
     made = {folder}
 
@@ -344,15 +374,39 @@ def _is_taken(path: str) -> bool:
     return os.path.islink(path) or not os.path.isdir(path) or bool(os.listdir(path))
 
 
-def _holds_directory(path: str, content_hash: str) -> bool:
-    path = os.path.abspath(path)
-    return os.path.isdir(path) and take_snapshot(path).content_hash == content_hash
+def _check_dest(dest: str) -> str:
+    """Return the absolute path of a destination that can be put in place; raise otherwise."""
+    dest = os.path.abspath(dest)
+    if os.path.lexists(dest) and not os.path.isdir(dest):
+        raise InvalidInputError(
+            f"destination {dest} is not a directory: choose one, or a path that is not there"
+        )
+    if os.path.islink(dest) and not os.listdir(dest):
+        raise InvalidInputError(
+            f"destination {dest} is a link, which cannot be replaced as a whole. Choose a "
+            f"directory inside it, or {os.path.realpath(dest)} itself."
+        )
+    return dest
+
+
+def _may_be_empty(source: _RefData) -> bool:
+    return source.key is not None and source.key.content_hash == EMPTY_DIRECTORY_HASH
+
+
+def _mode_for(final: str) -> int:
+    """Return the mode of the empty directory that is to be replaced, or that of a new one."""
+    try:
+        return stat.S_IMODE(os.stat(final).st_mode)
+    except FileNotFoundError:
+        mask = os.umask(0o077)
+        os.umask(mask)
+        return 0o777 & ~mask
 
 
 def _default_dest(name: str, cache_dir: str | None) -> str:
     """Return a directory called `name` in `cache_dir`, or in one that is this user's alone."""
     if cache_dir:
-        return os.path.join(cache_dir, name)
+        return os.path.join(os.path.expanduser(cache_dir), name)
     base = os.path.join(tempfile.gettempdir(), f"keras-remote-data-{os.getuid()}")
     with suppress(FileExistsError):
         os.mkdir(base, 0o700)
@@ -362,9 +416,3 @@ def _default_dest(name: str, cache_dir: str | None) -> str:
             f"{base} is not a directory that only this user can open: remove it, or name a dest"
         )
     return os.path.join(base, name)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

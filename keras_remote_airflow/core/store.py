@@ -16,11 +16,13 @@ import mimetypes
 import os
 import re
 import secrets
+import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 from urllib.parse import quote, urlencode
 
+import aiohttp
 import google_crc32c
 
 from keras_remote_airflow.core.errors import (
@@ -29,6 +31,7 @@ from keras_remote_airflow.core.errors import (
     IntegrityError,
     StoreError,
 )
+from keras_remote_airflow.core.layout import MAX_MARKER_BYTES
 from keras_remote_airflow.core.project import resolve_project
 from keras_remote_airflow.core.transport import (
     RetryableError,
@@ -50,6 +53,8 @@ _SINGLE_REQUEST = 8 << 20
 _PIECE = 1 << 20
 # What one streamed transfer keeps in memory: a piece here, and about as much in socket buffers.
 _STREAMING = 2 * _PIECE
+# Drawn once a process: no content can have known it.
+_BOUNDARY = secrets.token_hex(16)
 _CRC32C_HEADER = re.compile(r"crc32c=([A-Za-z0-9+/=]+)")
 # Downloads whose bytes disagree with their checksum are fetched anew this often.
 _MAX_CORRUPT = 5
@@ -113,7 +118,10 @@ class ObjectStore(Protocol):
     bucket: str
 
     def read(self, name: str) -> bytes | None:
-        """Return a small object's content, or None if there is no such object."""
+        """Return a marker's content, or None if there is no such object.
+
+        Of one above `MAX_MARKER_BYTES` it returns only as much as shows that.
+        """
 
     def list_page(self, prefix: str, token: str | None = None) -> Page:
         """Return one page of the objects whose names begin with `prefix`."""
@@ -218,7 +226,9 @@ class GcsStore:
 
         async def attempt() -> tuple[int, bytes]:
             async with self._transport.request(what, "GET", url, expected=(200, 404)) as response:
-                body = await response.read()
+                body = await _read_at_most(response.content, MAX_MARKER_BYTES)
+                if len(body) > MAX_MARKER_BYTES:
+                    return response.status, body
                 declared = _CRC32C_HEADER.search(
                     ",".join(response.headers.getall("x-goog-hash", ()))
                 )
@@ -247,8 +257,9 @@ class GcsStore:
                 f"listing {self._uri(prefix)}", "GET", f"{self._objects}?{urlencode(query)}"
             )
         )
-        page = json.loads(body)
-        return Page([_info(item) for item in page.get("items", ())], page.get("nextPageToken"))
+        with _answering(f"listing {self._uri(prefix)}", body):
+            page = json.loads(body)
+            return Page([_info(item) for item in page.get("items", ())], page.get("nextPageToken"))
 
     def create(self, name: str, content: bytes) -> bool:
         declared = {"name": name, "crc32c": _encode(google_crc32c.value(content))}
@@ -329,10 +340,8 @@ class GcsStore:
                 else:
                     status, committed = await self._committed(what, session, upload)
                     if status != 308:
-                        if status in (
-                            404,
-                            410,
-                        ):  # the session is gone: the next attempt opens another
+                        # The session is gone: the next attempt opens another.
+                        if status in (404, 410):
                             session, committed = None, 0
                             raise RetryableError("the upload session expired", status)
                         return status
@@ -361,7 +370,8 @@ class GcsStore:
             headers=headers,
             data=json.dumps(_declared(upload)).encode(),
         ) as response:
-            return response.headers["Location"] if response.status != 412 else None
+            with _answering(what, b"no Location"):
+                return response.headers["Location"] if response.status != 412 else None
 
     async def _committed(self, what: str, session: str, upload: Upload) -> tuple[int, int]:
         headers = {"Content-Range": f"bytes */{upload.size}", "Content-Length": "0"}
@@ -374,7 +384,7 @@ class GcsStore:
     async def _put(
         self, what: str, method: str, url: str, upload: Upload, headers: dict[str, str], data: Any
     ) -> int:
-        """Send the file's bytes once; return 200 for stored, 412 for already there."""
+        """Send the file's bytes once; return 200 or 201 for stored, 412 for already there."""
         async with self._transport.request(
             what, method, url, expected=(200, 201, 308, 400, 412), headers=headers, data=data
         ) as response:
@@ -405,7 +415,8 @@ class GcsStore:
                 status=412,
                 transient=True,
             )
-        there = _info(json.loads(body))
+        with _answering(what, body):
+            there = _info(json.loads(body))
         if (there.size, there.crc32c) != (upload.size, upload.crc32c):
             # Some servers answer 412 to a bad checksum too: look at the file before the object.
             if _crc32c_of(upload.path) != upload.crc32c:
@@ -517,6 +528,8 @@ class _Source:
             )
         except FileNotFoundError:
             raise _changed(self._upload, "it is gone") from None
+        except OSError as exc:
+            raise _changed(self._upload, f"it cannot be opened: {exc.strerror}") from exc
         try:
             self.check()
         except BaseException:
@@ -568,13 +581,12 @@ async def _framed(head: bytes, pieces: AsyncIterator[bytes], tail: bytes) -> Asy
 
 def _multipart_frame(declared: dict[str, Any], kind: str) -> tuple[dict[str, str], bytes, bytes]:
     """Return headers, and what goes before and after the content of a multipart upload."""
-    boundary = secrets.token_hex(16)
     head = (
-        f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n"
-        f"{json.dumps(declared)}\r\n--{boundary}\r\nContent-Type: {kind}\r\n\r\n"
+        f"--{_BOUNDARY}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n"
+        f"{json.dumps(declared)}\r\n--{_BOUNDARY}\r\nContent-Type: {kind}\r\n\r\n"
     )
-    headers = {"Content-Type": f'multipart/related; boundary="{boundary}"'}
-    return headers, head.encode(), f"\r\n--{boundary}--\r\n".encode()
+    headers = {"Content-Type": f'multipart/related; boundary="{_BOUNDARY}"'}
+    return headers, head.encode(), f"\r\n--{_BOUNDARY}--\r\n".encode()
 
 
 def _multipart(declared: dict[str, Any], kind: str, content: bytes) -> tuple[dict[str, str], bytes]:
@@ -594,6 +606,28 @@ def _content_type(name: str) -> str:
     return mimetypes.guess_type(name, strict=False)[0] or "application/octet-stream"
 
 
+@contextmanager
+def _answering(what: str, body: bytes) -> Iterator[None]:
+    """Raise StoreError for an answer that Cloud Storage would not give."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise StoreError(
+            f"{what}: what answered is not Cloud Storage, or not all of it ({body[:80]!r}). Check "
+            "the endpoint, STORAGE_EMULATOR_HOST and the proxy."
+        ) from exc
+
+
+async def _read_at_most(content: aiohttp.StreamReader, limit: int) -> bytes:
+    """Return the whole body, or a little more than `limit` bytes of a larger one."""
+    body = b""
+    async for piece in content.iter_any():
+        body += piece
+        if len(body) > limit:
+            break
+    return body
+
+
 def _info(item: dict[str, Any]) -> ObjectInfo:
     return ObjectInfo(
         item["name"],
@@ -608,8 +642,15 @@ def conflict(uri: str, size: int, crc32c: int, there: ObjectInfo) -> ConflictErr
     return ConflictError(
         f"{uri} holds other bytes than the data that belongs there: {there.size} bytes with CRC32C "
         f"{_encode(there.crc32c)}, expected {size} bytes with {_encode(crc32c)}. Nothing was "
-        f"overwritten. Find out who wrote it; to clear it: gcloud storage rm '{uri}'"
+        f"overwritten. Find out who wrote it; {how_to_clear(uri)}"
     )
+
+
+def how_to_clear(uri: str) -> str:
+    """Return in words how to remove an object, whose name may be chosen by a stranger."""
+    if set(uri) & set("*?[") or not uri.isprintable():  # gcloud would take it for a pattern
+        return "to clear it, delete it in the Cloud Storage console"
+    return f"to clear it: gcloud storage rm {shlex.quote(uri)}"
 
 
 def _changed(upload: Upload, how: str) -> DataChangedError:

@@ -13,8 +13,10 @@ costs about 2 ms of CPU per object, ten times what a plain request does.
 import asyncio
 import json
 import logging
+import os
 import random
 import re
+import ssl
 import threading
 import time
 from collections import deque
@@ -23,7 +25,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import aiohttp
 from yarl import URL
@@ -46,7 +48,11 @@ _REMEDIES = {
     404: "Check the bucket's name, and that it exists.",
 }
 # Network errors that no further attempt will mend.
-_HOPELESS = (aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)
+_HOPELESS = (
+    aiohttp.ClientConnectorCertificateError,
+    aiohttp.InvalidURL,
+    aiohttp.NonHttpUrlClientError,
+)
 _WARNING_INTERVAL = 10.0  # seconds between two warnings that something is tried again
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
@@ -189,6 +195,7 @@ class Transport:
         self._credentials = _scoped(client._credentials)
         self._next_warning = 0.0
         self._refused_authorization: str | None = None
+        self._pid = os.getpid()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="cloud-storage")
         self._thread.daemon = True
@@ -220,7 +227,7 @@ class Transport:
             total=None, sock_connect=30, sock_read=self.policy.stall_timeout
         )
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, ssl=_tls()),
             timeout=timeout,
             auto_decompress=False,
             # Without it Cloud Storage would send the decompressed bytes of gzip-encoded objects,
@@ -238,6 +245,12 @@ class Transport:
             raise RuntimeError(
                 "what is handed to upload or download is consumed on the store's own thread and "
                 "must not use its own store: the call would wait for itself"
+            )
+        if os.getpid() != self._pid:
+            work.close()
+            raise RuntimeError(
+                "this store was opened before the process forked, and its thread is not here: open "
+                "another one"
             )
         finished = threading.Event()
 
@@ -469,9 +482,41 @@ def _proxy(url: str) -> str | None:
     Asked once: aiohttp's own `trust_env` asks for every request, in a thread, which costs more
     than the request.
     """
-    from requests.utils import get_environ_proxies, select_proxy
+    from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
 
-    return select_proxy(url, get_environ_proxies(url))
+    proxy = select_proxy(url, get_environ_proxies(url))
+    if not proxy:
+        return None
+    proxy = prepend_scheme_if_needed(proxy, "http")
+    if not proxy.startswith(("http://", "https://")):
+        scheme = proxy.partition("://")[0]
+        raise StoreError(
+            f"the environment names a {scheme} proxy for {url}: only HTTP proxies can be used. Set "
+            "HTTPS_PROXY to one, or exempt the host with NO_PROXY."
+        )
+    return proxy
+
+
+def _tls() -> ssl.SSLContext | Literal[True]:
+    """Return what to trust: the system's authorities, and those of the requests library's setting.
+
+    So that a proxy that inspects traffic is trusted here as it is when tokens are fetched.
+    """
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    if not bundle:
+        return True
+    context = ssl.create_default_context()
+    try:
+        if os.path.isdir(bundle):
+            context.load_verify_locations(capath=bundle)
+        else:
+            context.load_verify_locations(cafile=bundle)
+    except OSError as exc:
+        raise StoreError(
+            f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names {bundle}, which cannot be used as CA "
+            f"certificates ({exc.strerror or exc}). Correct or unset it."
+        ) from exc
+    return context
 
 
 def _refresh(credentials: Any) -> None:

@@ -160,12 +160,6 @@ def md5_of(body: Body) -> str:
     return base64.b64encode(digest.digest()).decode()
 
 
-def crc32c_of(data: bytes) -> str:
-    """CRC32C in base64 of big-endian bytes, as Cloud Storage shows it."""
-    crc: int = google_crc32c.value(data)
-    return base64.b64encode(crc.to_bytes(4, "big")).decode()
-
-
 def fill(path: Path, data: bytes) -> None:
     """Write a small file so that a reader sees the old bytes or the new ones, nothing between."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")

@@ -68,10 +68,6 @@ class HttpRequest:
     refused: Any = None
 
     @property
-    def decoded_path(self) -> str:
-        return unquote(self.path)
-
-    @property
     def decoded_target(self) -> str:
         """Path and query as a person reads them, for matching and for logs."""
         if not self.query_string:

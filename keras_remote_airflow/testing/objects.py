@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from .bodies import MD5_UP_TO_BYTES, Body, MemoryBody, Spool, md5_of
+from .bodies import MD5_UP_TO_BYTES, Body, Spool, md5_of
 from .folder import Folder
 from .listing import Names
 
@@ -518,7 +518,3 @@ def forbidden(permission: str) -> ApiError:
         f"The caller does not have {permission} access to the Google Cloud Storage resource. "
         f"Permission '{permission}' denied on resource (or it may not exist).",
     )
-
-
-def body_of(data: bytes) -> MemoryBody:
-    return MemoryBody([data] if data else [])

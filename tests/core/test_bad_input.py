@@ -224,3 +224,9 @@ def test_namespace_that_leaves_no_room_is_refused_before_anything_is_written(
 def test_path_that_no_file_can_have_is_a_value_error(path):
     with pytest.raises(InvalidInputError, match=r"empty|does not exist"):
         Data(path)
+
+
+@pytest.mark.parametrize("uri", ["gs://", "gs:///x", "gs://Bad Bucket/x", "gs://demo/\udcff.txt"])
+def test_malformed_gcs_uri_is_refused(uri):
+    with pytest.raises(InvalidInputError, match=r"bucket name|Cloud Storage URI"):
+        upload("test-bucket", uri)

@@ -5,7 +5,12 @@ import logging
 import pytest
 
 from keras_remote_airflow.core.cache import CacheEntry, find, upload
-from keras_remote_airflow.core.errors import InvalidInputError, MarkerError, StoreError
+from keras_remote_airflow.core.errors import (
+    ConflictError,
+    InvalidInputError,
+    MarkerError,
+    StoreError,
+)
 
 from .test_layout import BAD_BUCKETS, BAD_HASHES, BAD_NAMESPACES, GARBAGE_MARKERS
 
@@ -87,9 +92,11 @@ def test_evicted_entry_is_a_miss_and_heals(tree, bucket, layout, published, gone
     assert find(bucket.name, published.content_hash, layout=layout)
 
 
-def test_object_more_than_the_marker_says_is_a_miss(bucket, layout, published):
+def test_object_more_than_the_marker_says_is_a_conflict(bucket, layout, published):
     put(bucket, f"default/data-cache/{published.content_hash}/stray", b"")
-    assert find(bucket.name, published.content_hash, layout=layout) is None
+    # No upload mends it, so nobody should wait for one.
+    with pytest.raises(ConflictError, match=r"objects .* more than the"):
+        find(bucket.name, published.content_hash, layout=layout)
 
 
 def test_objects_without_a_marker_are_a_miss(bucket, layout):

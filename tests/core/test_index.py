@@ -4,10 +4,13 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+from keras_remote_airflow.core.data import Data
+from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.hashing import take_snapshot
 from keras_remote_airflow.core.index import HashIndex
 
@@ -64,7 +67,7 @@ def test_unchanged_files_are_not_opened_again(tree, index, monkeypatch):
 
 def test_the_environment_can_name_the_index(tree, index, monkeypatch):
     monkeypatch.setenv("KERAS_REMOTE_HASH_INDEX", index)
-    take_snapshot(str(tree))
+    Data(str(tree)).content_hash()
     assert os.path.exists(index)
 
 
@@ -105,8 +108,17 @@ def test_a_file_modified_just_before_it_was_hashed_is_not_recorded(tree, index, 
         lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
         lambda content: content[:8] + b"\x02" + content[9:],
         lambda content: content[:16] + b"[" * (len(content) - 16),
+        lambda content: re.sub(rb'"length": \d+', b'"length": ' + b"9" * 30, content),
     ],
-    ids=["empty", "foreign", "truncated", "flipped bit", "newer format", "broken header"],
+    ids=[
+        "empty",
+        "foreign",
+        "truncated",
+        "flipped bit",
+        "newer format",
+        "broken header",
+        "huge length",
+    ],
 )
 def test_an_unusable_index_is_ignored_with_a_warning(tree, index, damage, monkeypatch, caplog):
     _settle(monkeypatch)
@@ -116,6 +128,27 @@ def test_an_unusable_index_is_ignored_with_a_warning(tree, index, damage, monkey
     with caplog.at_level(logging.WARNING):
         assert take_snapshot(str(tree), index).content_hash == expected
     assert f"Hash index {index} is ignored" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"precious\n", b"x" * 1000, b"KRAINDEX\x02" + bytes(99)])
+def test_a_file_that_is_no_index_of_ours_is_never_written_to(tree, tmp_path, content):
+    path = tmp_path / "precious"
+    path.write_bytes(content)
+    take_snapshot(str(tree), str(path))
+    assert path.read_bytes() == content
+
+
+def test_a_lock_file_of_somebody_else_keeps_its_content(tree, index):
+    os.makedirs(os.path.dirname(index))
+    Path(index + ".lock").write_text("mine")
+    take_snapshot(str(tree), index)
+    assert Path(index + ".lock").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["index", "b/index", "a"])
+def test_an_index_inside_its_own_data_is_refused(tree, name):
+    with pytest.raises(InvalidInputError, match="lies in the data"):
+        take_snapshot(str(tree), str(tree / name))
 
 
 def test_a_locked_index_is_left_alone_with_a_warning(tree, index, caplog):

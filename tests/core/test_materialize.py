@@ -11,6 +11,7 @@ from keras_remote_airflow import make_data_ref, materialize
 from keras_remote_airflow.core.cache import upload
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, StoreError
 from keras_remote_airflow.core.layout import get_layout
+from keras_remote_airflow.core.materialize import partial_name
 from keras_remote_airflow.core.refs import DataRef
 
 from .conftest import on_disk, writes
@@ -226,7 +227,7 @@ def test_dataset_under_both_layouts_is_the_same_dataset(tree, gcs_bucket, tmp_pa
 
 
 def test_leftovers_of_a_killed_attempt_are_swept(directory, single, tmp_path):
-    for partial in (".out.partial", "one/.config.json.partial"):
+    for partial in (partial_name("out"), f"one/{partial_name('config.json')}"):
         (tmp_path / partial / "sub").mkdir(parents=True)
         (tmp_path / partial / "train.csv").write_text("half")
         (tmp_path / partial / "sub" / "junk").write_text("junk")
@@ -299,7 +300,9 @@ def test_wrong_kind_in_the_ref_is_an_error_and_leaves_nothing(directory, single,
     before = sorted(os.listdir(tmp_path))
     for ref in (directory, single):
         ref["is_dir"] = not ref["is_dir"]
-        with pytest.raises(IntegrityError, match="gs://"):
+        with pytest.raises(
+            (IntegrityError, InvalidInputError), match=r"gs://.* is_dir|is_dir=.*gs://"
+        ):
             materialize(ref, str(tmp_path / "out"))
     assert on_disk(tmp_path / "out") == {}
     assert sorted(set(os.listdir(tmp_path)) - {"out"}) == before
@@ -387,3 +390,60 @@ def test_destination_that_is_a_file_is_refused_and_untouched(single, tmp_path):
     with pytest.raises(InvalidInputError, match="is not a directory"):
         materialize(single, str(dest))
     assert dest.read_text() == "mine"
+
+
+def test_directory_that_is_none_is_named_as_the_file_it_is(single, tmp_path):
+    single["is_dir"] = True
+    with pytest.raises(InvalidInputError, match=r"is_dir=True, but .* is a single file"):
+        materialize(single, str(tmp_path / "out"))
+
+
+def test_file_with_the_longest_name_comes_back(tree, gcs_bucket, tmp_path):
+    name = "n" * 255
+    uri = upload(gcs_bucket, str(tree({name: "x"}) / name)).gcs_uri
+    got = materialize(make_data_ref(uri, False), str(tmp_path / "out"))
+    assert os.path.basename(got) == name
+
+
+def test_prepared_empty_directory_keeps_its_mode(directory, tmp_path):
+    dest = tmp_path / "out"
+    dest.mkdir(mode=0o700)
+    materialize(directory, str(dest))
+    assert stat.S_IMODE(dest.stat().st_mode) == 0o700
+    assert on_disk(dest) == WANTED
+
+
+def test_current_directory_is_not_replaced(directory, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InvalidInputError, match="current directory"):
+        materialize(directory, ".")
+    assert os.getcwd() == str(tmp_path / "here")
+
+
+def test_tilde_in_the_destination_is_the_home_directory(directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert materialize(directory, "~/out") == str(tmp_path / "out")
+
+
+def test_link_to_an_empty_directory_is_refused_with_its_target(directory, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "scratch")
+    with pytest.raises(InvalidInputError, match=r"is a link.*scratch"):
+        materialize(directory, str(tmp_path / "out"))
+
+
+def test_wrong_destination_is_read_once(directory, tmp_path, tree, monkeypatch):
+    dest = tree({"other": "x"}, "out")
+    seen = []
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: seen.append(path) or real(path))
+    with pytest.raises(InvalidInputError, match="holds something other"):
+        materialize(directory, str(dest))
+    assert seen.count(f"{dest}/") == 1
+
+
+def test_index_of_the_environment_does_not_spare_verification(directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_REMOTE_HASH_INDEX", str(tmp_path / "index"))
+    materialize(directory, str(tmp_path / "out"))
+    assert not (tmp_path / "index").exists()

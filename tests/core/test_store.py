@@ -2,8 +2,12 @@
 
 import base64
 import hashlib
+import http.server
 import os
+import shlex
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from keras_remote_airflow.core.store import (
     ObjectInfo,
     ObjectStore,
     Upload,
+    how_to_clear,
     list_objects,
     open_store,
 )
@@ -341,3 +346,64 @@ def test_store_lets_go_of_its_thread(gcs_bucket):
         store.read("name")
         assert set(threading.enumerate()) > before
     assert set(threading.enumerate()) == before
+
+
+def test_answer_that_is_not_cloud_storages_is_an_error_that_says_so(monkeypatch):
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = b"<html>Please log in</html>"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Page) as portal:
+        threading.Thread(target=portal.serve_forever, daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{portal.server_port}")
+        with open_store("bucket") as store, pytest.raises(StoreError, match="not Cloud Storage"):
+            store.list_page("x")
+        portal.shutdown()
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9", "ftp://127.0.0.1:9"])
+def test_endpoint_that_is_no_http_url_fails_at_once(monkeypatch, endpoint):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
+    with open_store("bucket") as store, pytest.raises(StoreError, match="Check the endpoint"):
+        store.list_page("x")
+
+
+def test_proxy_without_a_scheme_is_an_http_proxy(gcs_server, monkeypatch):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://storage.invalid")
+    monkeypatch.setenv("http_proxy", gcs_server.url.removeprefix("http://"))
+    # Whatever a server that is no proxy makes of the request: it was asked.
+    with open_store("test-bucket") as store, suppress(StoreError):
+        store.list_page("x")
+    assert gcs_server.requests
+
+
+def test_proxy_that_cannot_be_used_is_named(monkeypatch):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://storage.invalid")
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:9")
+    with pytest.raises(StoreError, match="socks5 proxy"), open_store("bucket"):
+        pass
+
+
+def test_store_from_before_a_fork_says_so_instead_of_waiting(gcs_bucket):
+    with open_store(gcs_bucket) as store:
+        child = os.fork()
+        if not child:
+            try:
+                store.read("x")
+            except RuntimeError:
+                os._exit(7)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_suggested_command_cannot_be_misread_by_a_shell():
+    name = "gs://b/x'; touch pwned #"
+    assert shlex.split(how_to_clear(name).split(": ", 1)[1]) == ["gcloud", "storage", "rm", name]
+    assert "gcloud" not in how_to_clear("gs://b/*")

@@ -26,6 +26,7 @@ from faultkit import (
 )
 
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, KerasRemoteError
+from keras_remote_airflow.core.materialize import partial_name
 from keras_remote_airflow.core.transport import RetryPolicy
 from keras_remote_airflow.testing import Fault, StorageServer
 
@@ -109,7 +110,7 @@ def test_names_that_lead_out_are_refused(
     assert not list((tmp_path / "sub").iterdir())
 
 
-@pytest.mark.parametrize("name", ["back", ".back.partial"])
+@pytest.mark.parametrize("name", ["back", partial_name("back")])
 def test_a_link_at_the_destination_is_refused(
     server: StorageServer, tmp_path: Path, uploaded: str, name: str
 ) -> None:
@@ -158,14 +159,14 @@ def test_many_processes_materialize_to_one_place(
 def test_a_kill_half_way_leaves_nothing_and_is_swept_up(
     server: StorageServer, tmp_path: Path, uploaded: str
 ) -> None:
-    dest, partial = tmp_path / "back", tmp_path / ".back.partial"
+    dest, partial = tmp_path / "back", tmp_path / partial_name("back")
     server.add_fault(Fault(path=r"/big\?.*alt=media", action="stall", after_bytes=BIG // 2))
     job = Job(do_materialize, server.url, uploaded, str(dest), retry=PATIENT)
     with killed_at_exit(job):
         wait_until(lambda: (partial / "big").exists() and (partial / VICTIM).exists())
         assert stat.S_IMODE(partial.stat().st_mode) == 0o700
     assert not dest.exists()
-    assert left(tmp_path) == {".back.partial"}
+    assert left(tmp_path) == {partial.name}
     do_materialize(server.url, uploaded, str(dest))
     assert read_tree(dest) == FILES
     assert left(tmp_path) == {"back"}

@@ -26,6 +26,7 @@ from faultkit import (
     wait_until,
 )
 
+from keras_remote_airflow.core.materialize import partial_name
 from keras_remote_airflow.core.transport import RetryPolicy, Transport
 from keras_remote_airflow.testing import Fault, StorageServer
 
@@ -87,7 +88,7 @@ def test_sigterm_stops_a_download_and_removes_what_it_left(
         until_stopped, do_materialize, str(stderr), server.url, result.gcs_uri, dest, retry=PATIENT
     )
     with killed_at_exit(job):
-        wait_until(lambda: (tmp_path / ".back.partial" / "big").exists())
+        wait_until(lambda: (tmp_path / partial_name("back") / "big").exists())
         assert job.process.pid is not None
         os.kill(job.process.pid, signal.SIGTERM)
         seconds, threads = job.result()
