@@ -49,7 +49,7 @@ def test_other_bytes_under_our_name(
     with pytest.raises(ConflictError) as raised:
         uploading.result()
     assert f"gs://{BUCKET}/{taken}" in str(raised.value)
-    assert f"gcloud storage rm 'gs://{BUCKET}/{taken}'" in str(raised.value)
+    assert f"gcloud storage rm gs://{BUCKET}/{taken}" in str(raised.value)
     assert server.objects(BUCKET)[taken].data == other
     assert published(server) == {}
 
@@ -113,6 +113,6 @@ def test_the_store_compares_whatever_it_was_told_is_there(
         store.upload([upload], lambda _, was_sent: sent.append(was_sent))
         assert sent == [False]
         server.put(BUCKET, "object", bytes(size))
-        with pytest.raises(ConflictError, match=r"gcloud storage rm 'gs://test-bucket/object'"):
+        with pytest.raises(ConflictError, match=r"gcloud storage rm gs://test-bucket/object"):
             store.upload([upload], lambda _, was_sent: sent.append(was_sent))
     assert sent == [False]
