@@ -235,6 +235,10 @@ class Transport:
             headers={"Accept-Encoding": "gzip", "User-Agent": "keras-remote-airflow"},
         )
 
+        # aiohttp sends a PUT again by itself when a connection it had kept breaks: large uploads
+        # would start anew instead of going on. It has no public switch for that.
+        self._session._retry_connection = False
+
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run `work` on the transport's loop and return its result.
 
