@@ -100,17 +100,14 @@ def run_dag(airflow_home: dict[str, str]) -> Callable[..., FinishedRun]:
         if reserialize:
             _run([*_AIRFLOW, "dags", "reserialize"], env, timeout=timeout)
         log = _run([*_AIRFLOW, "dags", "test", dag_id, *options], env, timeout=timeout, check=False)
-        runs = _read_runs(env, dag_id, log)
-        if not runs:
-            pytest.fail(f"no run of {dag_id}:\n{log}")
-        return runs[-1]
+        return _read_runs(env, dag_id, log)[-1]
 
     return run
 
 
 @pytest.fixture
 def run_scheduler(airflow_home: dict[str, str]) -> Callable[..., list[FinishedRun]]:
-    """`run_scheduler(dag_file, dag_id, *, loops=50, timeout=180, **env)`: a real scheduler.
+    """`run_scheduler(dag_file, dag_id, *, loops=30, timeout=180, **env)`: a real scheduler.
 
     Runs `airflow scheduler` for so many loops: it creates the runs that are due, and runs their
     tasks, of all DAGs in the file, which it unpauses. Returns all the runs that `dag_id` has by
@@ -118,7 +115,7 @@ def run_scheduler(airflow_home: dict[str, str]) -> Callable[..., list[FinishedRu
     """
 
     def run(
-        dag_file: Path | str, dag_id: str, *, loops: int = 50, timeout: float = 180, **env: str
+        dag_file: Path | str, dag_id: str, *, loops: int = 30, timeout: float = 180, **env: str
     ) -> list[FinishedRun]:
         is_airflow_2 = version("apache-airflow").startswith("2.")
         env = (
@@ -130,7 +127,8 @@ def run_scheduler(airflow_home: dict[str, str]) -> Callable[..., list[FinishedRu
                 ),
                 "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
                 "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
-                # Airflow 2 learns what an alias stands for when it parses the file again.
+                # Airflow 2 learns what an alias stands for when it parses and stores the DAG again.
+                "AIRFLOW__CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "0",
                 "AIRFLOW__SCHEDULER__MIN_FILE_PROCESS_INTERVAL": "1",
                 # SequentialExecutor calls `airflow` by its name.
                 "PATH": os.pathsep.join([str(Path(sys.executable).parent), airflow_home["PATH"]]),
@@ -232,10 +230,13 @@ def _open_database(env: dict[str, str]) -> sqlite3.Connection:
 
 
 def _read_runs(env: dict[str, str], dag_id: str, log: str) -> list[FinishedRun]:
-    """Read the DAG's runs, oldest first."""
+    """Read the DAG's runs, oldest first; fail the test if there is none."""
     with _open_database(env) as db:
         runs = db.execute("SELECT run_id FROM dag_run WHERE dag_id = ? ORDER BY id", [dag_id])
-        return [_read_run(db, dag_id, run_id, log) for (run_id,) in runs.fetchall()]
+        found = [_read_run(db, dag_id, run_id, log) for (run_id,) in runs.fetchall()]
+    if not found:
+        pytest.fail(f"no run of {dag_id}:\n{log}")
+    return found
 
 
 def _read_run(db: sqlite3.Connection, dag_id: str, run_id: str, log: str) -> FinishedRun:
