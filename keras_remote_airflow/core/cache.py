@@ -6,6 +6,7 @@ leaves objects but no marker, which readers take for "not there" and the next at
 """
 
 import logging
+import os
 import random
 import time
 from array import array
@@ -115,7 +116,7 @@ class UploadResult:
 
 def upload_data(
     bucket_name: str,
-    data: Data | str,
+    data: Data | str | os.PathLike[str],
     project: str | None = None,
     namespace_prefix: str = "default",
     *,
@@ -127,7 +128,7 @@ def upload_data(
 ) -> str:
     """Make sure that `data` is on Cloud Storage and return its `gs://` URI.
 
-    See `upload`, which also tells what it did.
+    See `keras_remote_airflow.core.cache.upload`, which also tells what it did.
     """
     result = upload(
         bucket_name,
@@ -145,7 +146,7 @@ def upload_data(
 
 def upload(
     bucket_name: str,
-    data: Data | str,
+    data: Data | str | os.PathLike[str],
     project: str | None = None,
     namespace_prefix: str = "default",
     *,
@@ -208,7 +209,7 @@ def upload(
     with open_store(bucket_name, client, project, retry) as store:
         found = lookup(store, key, snapshot=snapshot, verify=verify)
         if found is None:
-            _warn_if_large(snapshot)
+            _warn_if_odd(snapshot)
             if dry_run:
                 for index in _missing(store, key, snapshot, only_first_page=False):
                     sent.add(1, snapshot.record(index).size)
@@ -393,7 +394,12 @@ def _check_names(snapshot: Snapshot, key: CacheKey) -> None:
             )
 
 
-def _warn_if_large(snapshot: Snapshot) -> None:
+def _warn_if_odd(snapshot: Snapshot) -> None:
+    if not len(snapshot):
+        _log.warning(
+            "%s is an empty directory: a dataset without files. Is the volume mounted?",
+            snapshot.root,
+        )
     if snapshot.total_bytes > _LARGE:
         _log.warning(
             "%s holds %s. For data of this size consider keeping it on Cloud Storage and passing "

@@ -23,6 +23,11 @@ class Data:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise InvalidInputError(
+                f"data path must be a path or a gs:// URI, found {path!r}. If it comes from a "
+                "template or an XCom, that gave nothing"
+            )
         path = os.fspath(path)
         if not path:
             raise InvalidInputError(

@@ -186,7 +186,7 @@ class _RefData:
         for file in snapshot.records():
             digest = attached.get(file.path.encode())
             if digest is None and any(attached.values()):
-                faults.append(f"{file.path} was not uploaded with the rest (an extra object?)")
+                faults.append(f"{file.path} was added or replaced by something else")
             elif digest not in (None, file.digest.hex()):
                 faults.append(f"{file.path} is not the file that was hashed")
         return faults
@@ -249,7 +249,8 @@ def _fetch(source: _RefData, folder: str, final: str) -> str:
         if problem:
             raise IntegrityError(
                 f"{source.ref.gcs_uri} is not what its ref names: {problem}. Nothing was left at "
-                f"{final}. Have the data uploaded again under a clean prefix."
+                f"{final}. Remove what is under that URI, marker included, and have the data "
+                "uploaded again."
             )
         if source.ref.is_dir:
             os.chmod(partial, _mode_for(final))

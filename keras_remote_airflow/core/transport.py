@@ -305,7 +305,8 @@ class Transport:
                 self.limiter.succeeded()
             except _HOPELESS as exc:
                 raise StoreError(
-                    f"{what}: {_describe(exc)}. Check the endpoint and its certificate."
+                    f"{what}: {_describe(exc)}. Check the endpoint and its certificate: "
+                    f"{self.endpoint}, which must begin with https:// or http://"
                 ) from _presentable(exc)
             except (RetryableError, aiohttp.ClientError, TimeoutError, ConnectionError) as exc:
                 status = getattr(exc, "status", None)
@@ -319,9 +320,12 @@ class Transport:
                     self.limiter.throttled()
                 pause = max(self.policy.pause(failures), getattr(exc, "retry_after", 0.0))
                 if now + pause - first_failure > self.policy.deadline:
+                    remedy = "Try again later."
+                    if isinstance(exc, aiohttp.ClientConnectorError):
+                        remedy = f"Check that something answers at {self.endpoint}."
                     raise StoreError(
                         f"{what} kept failing for {now - first_failure:.0f} s, {failures} "
-                        f"attempts; the last: {_describe(exc)}. Try again later.",
+                        f"attempts; the last: {_describe(exc)}. {remedy}",
                         status=status,
                         transient=True,
                     ) from _presentable(exc)

@@ -29,7 +29,7 @@ def gcs_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageServer]:
     from .server import StorageServer
 
     if os.environ.get("STORAGE_EMULATOR_HOST"):
-        pytest.skip("needs fault hooks of the local server, but STORAGE_EMULATOR_HOST is set")
+        pytest.skip("needs fault hooks of the local server; unset STORAGE_EMULATOR_HOST")
     with StorageServer(buckets=[BUCKET]) as server:
         for name, value in server.env().items():
             monkeypatch.setenv(name, value)

@@ -99,5 +99,11 @@ def test_broken_link_names_its_target(tmp_path):
         Data(str(tmp_path / "link"))
 
 
+@pytest.mark.parametrize("value", [None, 7, b"bytes"])
+def test_what_is_no_path_is_refused(value):
+    with pytest.raises(InvalidInputError, match="must be a path"):
+        Data(value)
+
+
 def test_a_path_object_is_taken_as_its_path(tmp_path):
     assert Data(tmp_path).path == str(tmp_path)

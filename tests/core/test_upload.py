@@ -248,3 +248,8 @@ def test_unknown_option_is_refused_before_anything_is_read(option, gcs_server, g
     with pytest.raises(InvalidInputError, match="unknown"):
         upload(gcs_bucket, "/not/even/there", **option)
     assert gcs_server.requests == []
+
+
+def test_empty_directory_is_published_with_a_warning(tmp_path, gcs_bucket, caplog):
+    upload(gcs_bucket, tmp_path)
+    assert f"{tmp_path} is an empty directory" in caplog.text
