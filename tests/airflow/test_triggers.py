@@ -174,7 +174,7 @@ def test_a_connection_that_never_comes_is_an_error_with_its_own_traceback(gcs_se
 
 def test_the_event_loop_is_never_blocked(published, gcs_server):
     run(trigger())  # the first connection imports the google provider, which holds the GIL
-    gcs_server.add_fault(Fault(path=MARKER, times=0, latency=0.5))
+    gcs_server.add_fault(Fault(path=MARKER, times=0, latency=3))
 
     async def with_heartbeat():
         gaps = []
@@ -187,7 +187,7 @@ def test_the_event_loop_is_never_blocked(published, gcs_server):
 
     (event,), gaps = asyncio.run(with_heartbeat())
     assert event["status"] == "found"
-    assert max(gaps) < 0.4, "a look took 0.5 s"
+    assert max(gaps) < 2, "a look took 3 s"
 
 
 def test_a_hundred_waits_take_about_as_long_as_one(published, gcs_server):
