@@ -490,12 +490,13 @@ def _proxy(url: str) -> str | None:
     Asked once: aiohttp's own `trust_env` asks for every request, in a thread, which costs more
     than the request.
     """
-    from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
+    from requests.utils import get_environ_proxies, select_proxy
 
     proxy = select_proxy(url, get_environ_proxies(url))
     if not proxy:
         return None
-    proxy = prepend_scheme_if_needed(proxy, "http")
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
     if not proxy.startswith(("http://", "https://")):
         scheme = proxy.partition("://")[0]
         raise StoreError(
