@@ -309,7 +309,8 @@ def lookup(
         known = receipt.is_dir, receipt.files, receipt.total_bytes
     else:
         return CacheEntry(key.gcs_uri, None, None, None)
-    return CacheEntry(key.gcs_uri, *known, published_at=receipt.created_at if receipt else None)
+    published_at = (receipt.created_at or None) if receipt else None
+    return CacheEntry(key.gcs_uri, *known, published_at=published_at)
 
 
 def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progress) -> None:

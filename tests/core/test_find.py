@@ -1,5 +1,6 @@
 """`find`: every state a cache entry can be in."""
 
+import json
 import logging
 
 import pytest
@@ -45,6 +46,15 @@ def test_published_entry_tells_what_it_holds(gcs_bucket, layout, published):
     assert find(gcs_bucket, published.content_hash, layout=layout) == CacheEntry(
         published.gcs_uri, True, 2, 9
     )
+
+
+def test_marker_that_does_not_say_when_it_was_written_gives_no_time(bucket, layout, published):
+    marker = bucket.blob(MARKERS[layout].format(published.content_hash))
+    receipt = json.loads(marker.download_as_bytes())
+    assert find(bucket.name, published.content_hash, layout=layout).published_at
+    del receipt["created_at"]
+    marker.upload_from_string(json.dumps(receipt))
+    assert find(bucket.name, published.content_hash, layout=layout).published_at is None
 
 
 def test_published_file_is_no_directory(tree, gcs_bucket, layout):
