@@ -12,7 +12,7 @@ BOUNDS_3.2 := 'fastapi<0.137' 'svcs<26'
 NEWEST := $(lastword $(AIRFLOWS))
 UV = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv
 # What `uv pip install` is to install.
-TESTED := --editable '.[demo]' --group test --group consumers
+TESTED := --editable '.[demo]' --group test --group optional
 EVERYTHING := $(TESTED) --group lint
 BENCHED := --editable . --group bench
 # What core and its tests need, without Airflow: the package itself goes in with --no-deps.

@@ -1,10 +1,8 @@
-"""What OpenLineage is told, in the classes of its own provider, where that is installed."""
+"""What OpenLineage is told, in the classes of its own provider."""
 
 import pytest
 
 from keras_remote_airflow import DataUploadOperator
-
-pytest.importorskip("airflow.providers.openlineage")
 
 GOLDEN = "15d41417b45aa09c0450d8955b845bb278f2990728bcc5d919d62309a2c6ebee"
 

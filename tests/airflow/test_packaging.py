@@ -58,6 +58,31 @@ def test_a_dag_file_pays_neither_for_the_google_provider_nor_for_the_transfer_co
     assert json.loads(run(IMPORTED, airflow_home, *heavy)) == []
 
 
+BARE = """
+import json, sys
+import airflow.configuration  # which lists the providers
+for name in sys.argv[2:]:
+    sys.modules[name] = None  # from here on to import it is an error
+from types import SimpleNamespace
+from keras_remote_airflow import DataUploadOperator
+from keras_remote_airflow.lineage import describe_upload
+upload = DataUploadOperator(task_id="upload", data=sys.argv[1], bucket_name="test-bucket")
+ti = SimpleNamespace(xcom_push=lambda key, value: None, try_number=1)
+print(json.dumps(upload.execute({"ti": ti})))
+"""
+
+
+def test_what_is_optional_is_not_needed(airflow_home, gcs_server, dataset):
+    optional = [
+        "airflow.providers.cncf.kubernetes",
+        "airflow.providers.openlineage",
+        "openlineage",
+        "statsd",
+    ]
+    ref = run(BARE, airflow_home | gcs_server.env(), str(dataset), *optional)
+    assert json.loads(ref)["is_dir"] is True
+
+
 def test_airflow_lists_the_provider(airflow_home):
     listed = subprocess.run(
         [sys.executable, "-m", "airflow", "providers", "list", "--output", "json"],
