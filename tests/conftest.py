@@ -11,6 +11,7 @@ every Airflow line.
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -25,6 +26,12 @@ import pytest
 
 _AIRFLOW = [sys.executable, "-m", "airflow"]
 _HERE = Path(__file__).parent
+
+# A warning of what will go, raised from a file of ours or from a DAG file: Airflow prints the path
+# first, or (from 3.2 on) the category.
+_OUR_FILE = r"\b(?:keras_remote_airflow|dags)/[\w/]+\.py\b"
+_WILL_GO = r"\b(?:\w*Deprecat\w*|Future|RemovedIn\w+)Warning\b"
+_OUR_WARNING = re.compile(f".*{_OUR_FILE}.*{_WILL_GO}.*|.*{_WILL_GO}.*{_OUR_FILE}.*")
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +90,8 @@ def run_dag(airflow_home: dict[str, str]) -> Callable[..., FinishedRun]:
     Runs `airflow dags test` (8 to 20 s: put many checks into one run) and returns even when tasks
     failed; it fails the test when the process itself does not end, since `dag.test()` ignores the
     timeout of a deferral. Returns a FinishedRun. Airflow 2 adds events only to assets and aliases
-    that its database knows: `reserialize=True` tells it first.
+    that its database knows: `reserialize=True` tells it first. A warning that something we or the
+    DAG file use will go fails the test too.
     """
 
     def run(
@@ -96,10 +104,12 @@ def run_dag(airflow_home: dict[str, str]) -> Callable[..., FinishedRun]:
         **env: str,
     ) -> FinishedRun:
         options = ["--conf", json.dumps(conf)] if conf else []
-        env = airflow_home | _dags_folder(airflow_home, dag_file) | env
+        env = airflow_home | _dags_folder(airflow_home, dag_file) | {"PYTHONWARNINGS": "always"} | env
         if reserialize:
             _run([*_AIRFLOW, "dags", "reserialize"], env, timeout=timeout)
         log = _run([*_AIRFLOW, "dags", "test", dag_id, *options], env, timeout=timeout, check=False)
+        if found := _OUR_WARNING.findall(log):
+            pytest.fail("\n".join(["what we use will go:", *found]))
         return _read_runs(env, dag_id, log)[-1]
 
     return run

@@ -205,3 +205,32 @@ def test_sigterm_stops_the_upload_and_a_retry_completes_it(run_dag, gcs_server, 
         assert run.xcoms["upload"]["upload_stats"]["uploaded_files"] == 0
     else:
         assert set(gcs_server.objects("test-bucket")) == set(at_kill)
+
+
+WARNS = """
+import pendulum, warnings
+
+try:
+    from airflow.sdk import dag, task
+except ImportError:
+    from airflow.decorators import dag, task
+
+
+@dag(schedule=None, start_date=pendulum.datetime(2024, 1, 1), catchup=False)
+def warns():
+    @task
+    def use():
+        warnings.warn("use() is old", FutureWarning, stacklevel=1)
+
+    use()
+
+
+warns()
+"""
+
+
+def test_a_run_that_uses_what_will_go_fails_its_test(run_dag, tmp_path):
+    dag_file = tmp_path / "warns.py"
+    dag_file.write_text(WARNS)
+    with pytest.raises(pytest.fail.Exception, match=r"will go:\n.*warns\.py"):
+        run_dag(dag_file, "warns")
