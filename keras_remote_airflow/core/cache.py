@@ -205,7 +205,7 @@ def upload(
     snapshot = take_snapshot(data.path, hash_index or default_index())
     key = CacheKey(bucket_name, namespace_prefix, snapshot.content_hash, chosen_layout)
     _check_names(snapshot, key)
-    sent = Progress(_log, f"Uploading to {key.gcs_uri}", len(snapshot), snapshot.total_bytes)
+    sent = Progress(_log, f"{'Dry run of uploading' if dry_run else 'Uploading'} to {key.gcs_uri}")
     with open_store(bucket_name, client, project, retry) as store:
         found = lookup(store, key, snapshot=snapshot, verify=verify)
         if found is None:
@@ -324,6 +324,26 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progres
     """
     missing = _missing_from_anywhere(store, key, snapshot)
     _log.info("Uploading %d of %d files to %s", len(missing), len(snapshot), key.gcs_uri)
+    with sent:
+        _send(store, key, snapshot, missing, sent)
+    receipt = Receipt.now(
+        snapshot.content_hash,
+        is_dir=snapshot.is_dir,
+        files=len(snapshot),
+        total_bytes=snapshot.total_bytes,
+    )
+    # The marker goes last: readers take its presence to mean "all bytes are here".
+    while not store.create(key.marker_name, receipt.to_json()):
+        # Another uploader was first, or the marker had outlived its objects: it must be sound.
+        if (body := store.read(key.marker_name)) is not None:
+            parse_marker(body, key)
+            break
+
+
+def _send(
+    store: ObjectStore, key: CacheKey, snapshot: Snapshot, missing: "array[int]", sent: Progress
+) -> None:
+    """Store these files of the snapshot, or those of them that nobody else stores meanwhile."""
     found_there = 0
 
     def uploads(indices: "array[int]") -> Iterator[Upload]:
@@ -343,31 +363,28 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progres
         if was_sent:
             sent.add(1, upload.size)
         else:
+            sent.skip(1, upload.size)
             found_there += 1
         _log.debug("%s %s", "Stored" if was_sent else "Found", upload.name)
 
     # In rounds that grow, until another uploader of the same data is met: then look at what it has
     # stored, as often as that costs no more requests than running into it.
     round_size = _FIRST_ROUND
+    sent.expect(len(missing), _size(snapshot, missing))
     while missing:
-        store.upload(uploads(missing[:round_size]), done)
+        store.upload(uploads(missing[:round_size]), done, sent.move)
         missing = missing[round_size:]
         round_size *= 2
         if found_there > len(snapshot) // _PAGE:
             missing = _missing_from_anywhere(store, key, snapshot)
             round_size, found_there = _FIRST_ROUND, 0
-    receipt = Receipt.now(
-        snapshot.content_hash,
-        is_dir=snapshot.is_dir,
-        files=len(snapshot),
-        total_bytes=snapshot.total_bytes,
-    )
-    # The marker goes last: readers take its presence to mean "all bytes are here".
-    while not store.create(key.marker_name, receipt.to_json()):
-        # Another uploader was first, or the marker had outlived its objects: it must be sound.
-        if (body := store.read(key.marker_name)) is not None:
-            parse_marker(body, key)
-            break
+            sent.expect(len(missing), _size(snapshot, missing))
+
+
+def _size(snapshot: Snapshot, files: "array[int]") -> int:
+    if len(files) == len(snapshot):
+        return snapshot.total_bytes
+    return sum(snapshot.record(index).size for index in files)
 
 
 def _missing_from_anywhere(store: ObjectStore, key: CacheKey, snapshot: Snapshot) -> "array[int]":

@@ -23,11 +23,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError
+from keras_remote_airflow.core.errors import (
+    IntegrityError,
+    InvalidInputError,
+    KerasRemoteError,
+)
 from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH, Snapshot, take_snapshot
 from keras_remote_airflow.core.inventory import data_objects, differences
 from keras_remote_airflow.core.layout import (
     CacheKey,
+    Receipt,
     check_relative_path,
     parse_marker,
     split_gcs_uri,
@@ -195,10 +200,13 @@ class _RefData:
                 faults.append(f"{file.path} is not the file that was hashed")
         return faults
 
+    def receipt(self) -> Receipt | None:
+        """Return what the uploader noted, or None if there is no note."""
+        body = self.store.read(self.key.marker_name) if self.key else None
+        return parse_marker(body, self.key) if self.key and body else None
+
     def _unlike_receipt(self, snapshot: Snapshot) -> list[str]:
-        assert self.key is not None  # noqa: S101 - for the type checker; only called with a key
-        body = self.store.read(self.key.marker_name)
-        receipt = parse_marker(body, self.key) if body else None
+        receipt = self.receipt()
         if receipt is None or (receipt.files, receipt.total_bytes) == (
             len(snapshot),
             snapshot.total_bytes,
@@ -280,7 +288,6 @@ def partial_name(final: str) -> str:
 
 
 def _download(source: _RefData, folder: str) -> Progress:
-    progress = Progress(_log, f"Downloading {source.ref.gcs_uri}")
     made = {folder}
 
     def downloads(batch: list[tuple[bytes, ObjectInfo]]) -> Iterator[Download]:
@@ -294,17 +301,32 @@ def _download(source: _RefData, folder: str) -> Progress:
             yield Download(info, path)
 
     objects = source.objects()
-    while batch := list(islice(objects, _BATCH)):
-        try:
-            source.store.download(downloads(batch), lambda done: progress.add(1, done.info.size))
-        except (FileExistsError, NotADirectoryError) as exc:
-            # The folder was empty: two object names claim one place, as "a" and "a/b" do.
-            place = os.path.relpath(exc.filename, folder)
-            raise IntegrityError(
-                f"{source.ref.gcs_uri} cannot be a directory: more than one object claims {place}. "
-                "Remove the one that does not belong there."
-            ) from exc
+    with Progress(_log, f"Downloading {source.ref.gcs_uri}") as progress:
+        while batch := list(islice(objects, _BATCH)):
+            if not progress.files:
+                _expect(progress, source, batch)
+            try:
+                source.store.download(
+                    downloads(batch), lambda done: progress.add(1, done.info.size), progress.move
+                )
+            except (FileExistsError, NotADirectoryError) as exc:
+                # The folder was empty: two object names claim one place, as "a" and "a/b" do.
+                place = os.path.relpath(exc.filename, folder)
+                raise IntegrityError(
+                    f"{source.ref.gcs_uri} cannot be a directory: more than one object claims "
+                    f"{place}. Remove the one that does not belong there."
+                ) from exc
     return progress
+
+
+def _expect(progress: Progress, source: _RefData, batch: list[tuple[bytes, ObjectInfo]]) -> None:
+    """Say how much there is to download, if it can be known: `batch` is the first of it."""
+    if len(batch) < _BATCH:  # and the last
+        progress.expect(len(batch), sum(info.size for _, info in batch))
+        return
+    with suppress(KerasRemoteError):  # whether the marker is sound is not the question here
+        if receipt := source.receipt():
+            progress.expect(receipt.files, receipt.total_bytes)
 
 
 @contextmanager

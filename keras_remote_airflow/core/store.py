@@ -112,6 +112,10 @@ class Download(NamedTuple):
     path: str
 
 
+def _untold(moved: int) -> None:
+    """Nobody wants to know how many bytes moved."""
+
+
 class ObjectStore(Protocol):
     """What the cache needs of a bucket. Every method raises StoreError when the store refuses."""
 
@@ -129,21 +133,33 @@ class ObjectStore(Protocol):
     def create(self, name: str, content: bytes) -> bool:
         """Store a small object unless the name is taken; return whether it was stored."""
 
-    def upload(self, uploads: Iterable[Upload], done: Callable[[Upload, bool], None]) -> None:
+    def upload(
+        self,
+        uploads: Iterable[Upload],
+        done: Callable[[Upload, bool], None],
+        moved: Callable[[int], None] = _untold,
+    ) -> None:
         """Store files concurrently; objects that hold the same bytes already are left alone.
 
         Args:
             uploads: consumed as places become free, so it may be a generator over many (but not
                 one that uses this store).
             done: called for each file, with whether it was sent (rather than found there).
+            moved: called with the bytes of a large file as they move, negative for those that
+                have to be sent again, and for all of them just before the file is done.
 
         Raises:
             DataChangedError: a file is not as it was hashed; it was not stored.
             ConflictError: an object of that name holds other bytes.
         """
 
-    def download(self, downloads: Iterable[Download], done: Callable[[Download], None]) -> None:
-        """Fetch objects concurrently into new files, checking size and CRC32C.
+    def download(
+        self,
+        downloads: Iterable[Download],
+        done: Callable[[Download], None],
+        moved: Callable[[int], None] = _untold,
+    ) -> None:
+        """Fetch objects concurrently into new files, checking size and CRC32C; see `upload`.
 
         Raises:
             IntegrityError: an object is gone, was replaced, or its bytes disagree with its
@@ -278,10 +294,17 @@ class GcsStore:
 
     # Uploads
 
-    def upload(self, uploads: Iterable[Upload], done: Callable[[Upload, bool], None]) -> None:
+    def upload(
+        self,
+        uploads: Iterable[Upload],
+        done: Callable[[Upload, bool], None],
+        moved: Callable[[int], None] = _untold,
+    ) -> None:
         async def one(upload: Upload) -> None:
             send = self._send_whole if upload.size <= _SINGLE_REQUEST else self._send_resumable
-            done(upload, await send(upload))
+            with _Transit(moved) as transit:
+                was_sent = await send(upload, transit)
+            done(upload, was_sent)
 
         self._transport.run(self._concurrently(uploads, one))
 
@@ -302,7 +325,7 @@ class GcsStore:
         except BaseExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
 
-    async def _send_whole(self, upload: Upload) -> bool:
+    async def _send_whole(self, upload: Upload, transit: "_Transit") -> bool:
         """Send a file in one multipart request; return False if the object was there."""
         what = f"uploading {upload.path} to {self._uri(upload.name)}"
         declared = _declared(upload)
@@ -316,7 +339,7 @@ class GcsStore:
                 else:
                     headers, head, tail = _multipart_frame(declared, kind)
                     headers["Content-Length"] = str(len(head) + upload.size + len(tail))
-                    data = _framed(head, source.pieces(0), tail)
+                    data = _framed(head, source.pieces(0, transit), tail)
                 return await self._put(
                     what, "POST", self._create + "&uploadType=multipart", upload, headers, data
                 )
@@ -324,7 +347,7 @@ class GcsStore:
         size = min(upload.size, _STREAMING)
         return await self._settle(upload, await self._transport.retrying(what, size, attempt))
 
-    async def _send_resumable(self, upload: Upload) -> bool:
+    async def _send_resumable(self, upload: Upload, transit: "_Transit") -> bool:
         """Send a large file through an upload session, going on where a broken attempt ended."""
         what = f"uploading {upload.path} to {self._uri(upload.name)}"
         session: str | None = None
@@ -350,7 +373,7 @@ class GcsStore:
                     "Content-Range": f"bytes {committed}-{upload.size - 1}/{upload.size}",
                 }
                 return await self._put(
-                    what, "PUT", session, upload, headers, source.pieces(committed)
+                    what, "PUT", session, upload, headers, source.pieces(committed, transit)
                 )
 
         status = await self._transport.retrying(what, _STREAMING, attempt, lambda: committed)
@@ -426,14 +449,20 @@ class GcsStore:
 
     # Downloads
 
-    def download(self, downloads: Iterable[Download], done: Callable[[Download], None]) -> None:
+    def download(
+        self,
+        downloads: Iterable[Download],
+        done: Callable[[Download], None],
+        moved: Callable[[int], None] = _untold,
+    ) -> None:
         async def one(download: Download) -> None:
-            await self._fetch(download)
+            with _Transit(moved) as transit:
+                await self._fetch(download, transit)
             done(download)
 
         self._transport.run(self._concurrently(downloads, one))
 
-    async def _fetch(self, download: Download) -> None:
+    async def _fetch(self, download: Download, transit: "_Transit") -> None:
         info = download.info
         uri = self._uri(info.name)
         what = f"downloading {uri}"
@@ -458,10 +487,31 @@ class GcsStore:
                         sink.restart()
                     async for piece in response.content.iter_chunked(_PIECE):
                         sink.add(piece)
+                        if info.size > _PIECE:
+                            transit.reach(sink.size)
                 sink.check()
 
             size = min(info.size, _STREAMING)
             await self._transport.retrying(what, size, attempt, lambda: sink.size)
+
+
+class _Transit:
+    """How far a large file has come; tells it so that no byte counts twice, as `upload` says."""
+
+    def __init__(self, moved: Callable[[int], None]) -> None:
+        self._moved = moved
+        self._position = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._position:
+            self.reach(0)
+
+    def reach(self, position: int) -> None:
+        self._moved(position - self._position)
+        self._position = position
 
 
 class _Sink:
@@ -555,10 +605,11 @@ class _Source:
             raise _changed(self._upload, "it is shorter than at hash time")
         return content
 
-    async def pieces(self, start: int) -> AsyncIterator[bytes]:
+    async def pieces(self, start: int, transit: _Transit) -> AsyncIterator[bytes]:
         """Yield the file from `start`; the last piece only if the file is still as it was."""
         size = self._upload.size
         while start < size:
+            transit.reach(start)
             piece = self.read(start, min(_PIECE, size - start))
             start += len(piece)
             if start == size:

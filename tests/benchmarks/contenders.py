@@ -131,7 +131,7 @@ class _Insatiable:
     def create(self, name: str, content: bytes) -> bool:
         return True
 
-    def upload(self, uploads: Any, done: Callable[[Any, bool], None]) -> None:
+    def upload(self, uploads: Any, done: Callable[[Any, bool], None], _moved: Any) -> None:
         for upload in uploads:
             done(upload, True)
 

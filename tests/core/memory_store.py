@@ -58,7 +58,12 @@ class MemoryStore:
         self.replace(name, content)
         return True
 
-    def upload(self, uploads: Iterable[Upload], done: Callable[[Upload, bool], None]) -> None:
+    def upload(
+        self,
+        uploads: Iterable[Upload],
+        done: Callable[[Upload, bool], None],
+        moved: Callable[[int], None] = abs,
+    ) -> None:
         self.calls.append("upload")
         for upload in uploads:
             done(upload, self._upload_one(upload))
@@ -78,7 +83,12 @@ class MemoryStore:
         self.replace(upload.name, content, upload.digest.hex())
         return True
 
-    def download(self, downloads: Iterable[Download], done: Callable[[Download], None]) -> None:
+    def download(
+        self,
+        downloads: Iterable[Download],
+        done: Callable[[Download], None],
+        moved: Callable[[int], None] = abs,
+    ) -> None:
         self.calls.append("download")
         for download in downloads:
             info, content = self._objects.get(download.info.name, (None, b""))

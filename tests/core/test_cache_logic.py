@@ -39,14 +39,14 @@ class DyingStore(MemoryStore):
         super().__init__()
         self.lives = lives
 
-    def upload(self, uploads, done):
+    def upload(self, uploads, done, moved):
         def mortal(upload, was_sent):
             done(upload, was_sent)
             self.lives -= 1
             if self.lives == 0:
                 raise KeyboardInterrupt
 
-        super().upload(uploads, mortal)
+        super().upload(uploads, mortal, moved)
 
 
 def test_marker_is_written_after_every_object(snapshot, key):

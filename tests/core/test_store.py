@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import http.server
+import itertools
 import os
 import shlex
 import threading
@@ -31,6 +32,7 @@ from keras_remote_airflow.core.store import (
     open_store,
 )
 from keras_remote_airflow.core.transport import RetryPolicy
+from keras_remote_airflow.testing import Fault
 
 from .memory_store import MemoryStore
 
@@ -296,6 +298,27 @@ def test_download_does_not_overwrite_a_file(store, tmp_path):
 
 
 # Cloud Storage only.
+
+
+def test_bytes_on_the_move_are_told_and_none_of_them_twice(gcs_server, bucket, file, tmp_path):
+    size = 9 << 20
+    gcs_server.add_fault(Fault(method="PUT", action="drop_before", after_bytes=5 << 20))
+    gcs_server.add_fault(Fault(path="alt=media", action="truncate", after_bytes=5 << 20))
+    done_at: list[int] = []
+    moved: list[int] = []
+    with open_store(bucket.name, retry=RetryPolicy(initial=0.001)) as store:
+        uploads = [file("large", os.urandom(size)), file("small", b"x" * (1 << 20))]
+        store.upload(uploads, lambda *_: done_at.append(sum(moved)), moved.append)
+        up, moved[:] = moved[:], []
+        downloads = [Download(i, str(tmp_path / i.name)) for i in list_objects(store, "")]
+        store.download(downloads, lambda _: done_at.append(sum(moved)), moved.append)
+    for steps in (up, moved):
+        reached = list(itertools.accumulate(steps))
+        assert len(reached) > 8
+        assert 8 << 20 <= max(reached) <= size
+        assert reached[-1] == 0
+    assert min(up[:-1]) < 0, "what the broken connection lost was taken back"
+    assert done_at.count(0) >= 2, "a large file is taken back just before it is done"
 
 
 def test_missing_bucket_is_an_error_of_its_own(gcs_bucket, tmp_path, file):
