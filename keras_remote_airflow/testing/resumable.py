@@ -90,9 +90,10 @@ class Transfer:
             return True
         elif expected % CHUNK_BYTES:
             problem = (
-                "Invalid request.  The number of bytes uploaded is required to be a multiple of "
-                f"{CHUNK_BYTES}, except for the final request.  The received request contained "
-                f"{expected} bytes, which does not meet this requirement."
+                "Invalid request.  The number of bytes uploaded is required to be equal or greater "
+                f"than {CHUNK_BYTES}, except for the final request (it's recommended to be the "
+                f"exact multiple of {CHUNK_BYTES}).  The received request contained {expected} "
+                "bytes, which does not meet this requirement."
             )
         if problem is not None:
             self._session.spool.truncate(self._start)
