@@ -35,32 +35,52 @@ _OUR_WARNING = re.compile(f".*{_OUR_FILE}.*{_WILL_GO}.*|.*{_WILL_GO}.*{_OUR_FILE
 
 
 @pytest.fixture(scope="session")
-def airflow_home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def new_airflow_home(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[], dict[str, str]]:
+    """`new_airflow_home()` returns the environment of a subprocess that has an empty Airflow home.
+
+    It has a folder for DAGs, and neither a database nor connections.
+    """
+
+    def make() -> dict[str, str]:
+        home = tmp_path_factory.mktemp("airflow")
+        (home / "dags").mkdir()
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("AIRFLOW", "GOOGLE_", "KERAS_REMOTE_", "STORAGE_EMULATOR"))
+        }
+        return inherited | {
+            "AIRFLOW_HOME": str(home),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(home / "dags"),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
+            "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",  # 2.11 warns without it
+            # Airflow calls `airflow` by its name.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])
+            ),
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def airflow_home(new_airflow_home: Callable[[], dict[str, str]]) -> dict[str, str]:
     """Environment of a subprocess that has an Airflow of its own, its database migrated.
 
     `google_cloud_default` is an anonymous connection with project "test-project"; point
     STORAGE_EMULATOR_HOST at a `gcs_server` to give it something to talk to.
     """
-    home = tmp_path_factory.mktemp("airflow")
-    (home / "dags").mkdir()
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("AIRFLOW", "GOOGLE_", "KERAS_REMOTE_", "STORAGE_EMULATOR"))
-    }
-    env = inherited | {
-        "AIRFLOW_HOME": str(home),
-        "AIRFLOW__CORE__DAGS_FOLDER": str(home / "dags"),
-        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
-        "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
-        "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",  # 2.11 warns without it
+    env = new_airflow_home() | {
         "AIRFLOW_CONN_GOOGLE_CLOUD_DEFAULT": json.dumps(
             {
                 "conn_type": "google_cloud_platform",
                 "extra": {"is_anonymous": True, "project": "test-project"},
             }
         ),
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
     }
     _run([*_AIRFLOW, "db", "migrate"], env, timeout=240)
     return env
@@ -140,8 +160,6 @@ def run_scheduler(airflow_home: dict[str, str]) -> Callable[..., list[FinishedRu
                 # Airflow 2 learns what an alias stands for when it parses and stores the DAG again.
                 "AIRFLOW__CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "0",
                 "AIRFLOW__SCHEDULER__MIN_FILE_PROCESS_INTERVAL": "1",
-                # SequentialExecutor calls `airflow` by its name.
-                "PATH": os.pathsep.join([str(Path(sys.executable).parent), airflow_home["PATH"]]),
                 "PYTHONPATH": os.pathsep.join([str(_HERE / "airflow"), airflow_home["PYTHONPATH"]]),
             }
             | env
