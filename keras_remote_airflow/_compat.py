@@ -69,6 +69,12 @@ except ImportError:  # Airflow 3.1 and older
     if not TYPE_CHECKING:
         from airflow.stats import Stats
 
+try:
+    from airflow.sdk.plugins_manager import AirflowPlugin
+except ImportError:  # Airflow 3.1 and older
+    if not TYPE_CHECKING:
+        from airflow.plugins_manager import AirflowPlugin
+
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 if TYPE_CHECKING:
@@ -78,6 +84,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SIGTERM_RAISES",
     "AirflowFailException",
+    "AirflowPlugin",
     "AirflowSensorTimeout",
     "AirflowSkipException",
     "Asset",

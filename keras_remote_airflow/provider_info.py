@@ -6,9 +6,12 @@ from typing import Any
 def get_provider_info() -> dict[str, Any]:
     """Return the package's provider info.
 
-    Only keys that the schemas of Airflow 2.11 and 3.3 both accept: an unknown one makes 2.11
-    refuse the whole provider. Airflow 2 shows an extra link only when it is named here, since its
-    webserver deserializes no other class.
+    Only keys that some supported Airflow acts on; all take a provider that has more. Airflow 2
+    shows an extra link only when it is named here, since its webserver deserializes no other class.
+
+    The plugin is not named here but has an entry point of its own: from here it would be loaded
+    only with `[core] lazy_discover_providers` off, and from both places Airflow 3.3 would call the
+    second one an error.
     """
     return {
         "package-name": "keras-remote-airflow",

@@ -39,23 +39,30 @@ def test_no_module_of_ours_warns_on_import(airflow_home):
     assert json.loads(run(ALL_MODULES, airflow_home)) == []
 
 
-IMPORTED = """
-import json, sys
+WRITTEN = """
 from keras_remote_airflow import CacheSensor, DataUploadOperator
 CacheSensor(task_id="a", content_hash="", bucket_name="b")
 DataUploadOperator(task_id="b", data="", bucket_name="b")
+"""
+SHOW_IMPORTED = """
+import json, sys
 print(json.dumps([name for name in sys.argv[1:] if name in sys.modules]))
 """
 
 
-def test_a_dag_file_pays_neither_for_the_google_provider_nor_for_the_transfer_code(airflow_home):
+@pytest.mark.parametrize(
+    "code", [WRITTEN, "import keras_remote_airflow.plugin"], ids=["dag file", "plugin"]
+)
+def test_neither_a_dag_file_nor_airflow_pays_for_the_google_provider_or_the_transfer_code(
+    airflow_home, code
+):
     heavy = [
         "airflow.providers.google.cloud.hooks.gcs",
         "google.cloud.storage",
         "google_crc32c",
         "keras_remote_airflow.core.store",
     ]
-    assert json.loads(run(IMPORTED, airflow_home, *heavy)) == []
+    assert json.loads(run(code + SHOW_IMPORTED, airflow_home, *heavy)) == []
 
 
 BARE = """
@@ -83,16 +90,30 @@ def test_what_is_optional_is_not_needed(airflow_home, gcs_server, dataset):
     assert json.loads(ref)["is_dir"] is True
 
 
-def test_airflow_lists_the_provider(airflow_home):
-    listed = subprocess.run(
-        [sys.executable, "-m", "airflow", "providers", "list", "--output", "json"],
-        env=airflow_home,
+def airflow_lists(env, *command):
+    done = subprocess.run(
+        [sys.executable, "-m", "airflow", *command, "--output", "json"],
+        env=env,
         capture_output=True,
         text=True,
         timeout=120,
-    ).stdout
-    providers = json.loads(listed[listed.index("[{") :])
+    )
+    assert "[{" in done.stdout, done.stderr
+    # Not what Airflow logs before it.
+    return json.loads(done.stdout[done.stdout.index("[{") :]), done.stderr
+
+
+def test_airflow_lists_the_provider(airflow_home):
+    providers, _ = airflow_lists(airflow_home, "providers", "list")
     assert "keras-remote-airflow" in [provider["package_name"] for provider in providers]
+
+
+@pytest.mark.parametrize("lazy", ["True", "False"])
+def test_airflow_lists_the_plugin_whether_or_not_it_loads_those_of_providers(airflow_home, lazy):
+    env = airflow_home | {"AIRFLOW__CORE__LAZY_DISCOVER_PROVIDERS": lazy}
+    plugins, errors = airflow_lists(env, "plugins")
+    assert [plugin["name"] for plugin in plugins].count("keras_remote") == 1, errors
+    assert "keras_remote" not in errors
 
 
 def test_provider_info_names_things_that_exist():
