@@ -21,12 +21,13 @@ import logging
 import os
 import stat
 import threading
+import time
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import accumulate, islice
+from typing import Any, NamedTuple, Self
 
 import google_crc32c
 
@@ -46,10 +47,23 @@ _log = logging.getLogger(__name__)
 _SMALL = 128 * 1024
 # A link that leads to itself or through a file; a path longer than the system takes.
 _UNUSABLE = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
-_CHUNK = 1024 * 1024
+# Of a large file at a time: what stays in a processor's cache between reading and hashing.
+_CHUNK = 256 * 1024
+# Files that are hashed before the time they took is looked at, the first time and at the most.
+_FEW, _MANY = 8, 64
+# Seconds a file may keep us waiting before many are read at once. A file in memory takes some 10
+# microseconds, one on a local disk 100, one on a remote disk milliseconds.
+_PATIENCE = 0.00005
+_WAITS = 3  # that many times in a row: once may be another process's doing
+_WIDE = 32  # threads
+_WIDE_FILES = 2000  # before it is looked again whether that is still needed; then twice as many
+_SLICE = 10_000  # files of one folder that are listed together
 # O_NONBLOCK: should a FIFO take a file's place after the directory was listed, opening it must
 # not hang. It means nothing to a regular file.
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+# Files are opened by their name in an open folder: the system need not walk down the whole path.
+_FOLDER_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_INACCESSIBLE = (FileNotFoundError, NotADirectoryError, PermissionError)
 
 
 class FileRecord(NamedTuple):
@@ -122,20 +136,27 @@ class Snapshot:
         """Return where the file called `relative_path` is on disk."""
         return os.path.join(self.root, relative_path) if self.is_dir else self.root
 
-    def _append(
-        self, name: bytes, state: os.stat_result, digest: bytes = bytes(32), crc32c: int = 0
-    ) -> None:
-        self._names += name
-        self._name_ends.append(len(self._names))
-        self._sizes.append(state.st_size)
-        self._mtimes.append(state.st_mtime_ns)
-        self._crcs.append(crc32c)
-        self._digests += digest
-        self.total_bytes += state.st_size
+    def _extend(self, names: list[bytes]) -> int:
+        """Make room for files of these relative paths; return the index of the first."""
+        first = len(self._sizes)
+        ends = accumulate(map(len, names), initial=len(self._names))
+        self._name_ends.extend(islice(ends, 1, None))
+        self._names += b"".join(names)
+        for numbers in (self._sizes, self._crcs, self._mtimes):
+            numbers.frombytes(bytes(numbers.itemsize * len(names)))
+        self._digests += bytes(32 * len(names))
+        return first
 
-    def _fill(self, index: int, digest: bytes, crc32c: int) -> None:
+    def _fill(self, index: int, size: int, mtime_ns: int, digest: bytes, crc32c: int) -> None:
+        """Note what file `index` was found to be, in any thread."""
+        self._sizes[index] = size
+        self._mtimes[index] = mtime_ns
         self._digests[32 * index : 32 * index + 32] = digest
         self._crcs[index] = crc32c
+
+    def _finish(self) -> None:
+        self.total_bytes = sum(self._sizes)
+        self.content_hash = self.hash_as(self.is_dir)
 
     def hash_as(self, is_dir: bool) -> str:
         """Return the content hash that the same files have as a directory, or as a single file."""
@@ -166,39 +187,20 @@ def take_snapshot(path: str, hash_index: str | None = None) -> Snapshot:
     is_dir = os.path.isdir(path)
     snapshot = Snapshot(path, is_dir)
     progress = Progress(_log, f"Hashing {path}")
-    stop = threading.Event()
     index = HashIndex(hash_index, path) if hash_index else None
-    # The processors this process may use: a container's share, not the whole machine's.
-    threads = min(32, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(threads, "hash") as pool:
-        window: deque[Future[None]] = deque()
-        try:
-            for name, file_path in _walk(path) if is_dir else _single(path):
-                if index:
-                    state = _stat(file_path)
-                    known = index.get(name, state)
-                    if known:
-                        snapshot._append(name, state, *known)
-                        continue
-                descriptor, state = _open(file_path)
-                if state.st_size <= _SMALL:
-                    content = _read_small(descriptor, file_path, state.st_size)
-                    digest = hashlib.sha256(name + b"\0" + content).digest()
-                    snapshot._append(name, state, digest, google_crc32c.value(content))
-                    progress.add(1, len(content))
-                    continue
-                snapshot._append(name, state)
-                large = _LargeFile(
-                    snapshot, len(snapshot) - 1, name, file_path, descriptor, state.st_size
-                )
-                window.append(pool.submit(large.hash, progress, stop))
-                if len(window) > 2 * threads:
-                    window.popleft().result()
-            for future in window:
-                future.result()
-        finally:
-            stop.set()
-    snapshot.content_hash = snapshot.hash_as(snapshot.is_dir)
+    with progress, _Hasher(snapshot, progress) as hasher:
+        for folder, names in _walk(path) if is_dir else [_single(path)]:
+            paths = _encode(path, folder, names)
+            files = _Files(
+                os.path.join(path if is_dir else os.path.dirname(path), folder),
+                names,
+                paths,
+                snapshot._extend(paths),
+            )
+            unknown = _unknown(files, snapshot, index) if index else range(len(names))
+            progress.add(len(names) - len(unknown), 0)
+            hasher.hash(files, unknown)
+    snapshot._finish()
     if index:
         index.save(snapshot)
     _log.debug(
@@ -211,62 +213,194 @@ def take_snapshot(path: str, hash_index: str | None = None) -> Snapshot:
     return snapshot
 
 
-@dataclass(frozen=True)
-class _LargeFile:
-    """An open file with a place in the snapshot; closes its descriptor."""
+class _Files(NamedTuple):
+    """The files of one folder.
 
-    snapshot: Snapshot
-    index: int
-    name: bytes
-    path: str
-    descriptor: int
-    size: int
+    Attributes:
+        folder: absolute path.
+        names: in the folder.
+        paths: relative to the snapshot's root, UTF-8.
+        first: index of the first in the snapshot.
+    """
 
-    def hash(self, progress: Progress, stop: threading.Event) -> None:
-        """Fill in digest and CRC32C, in any thread; end early when `stop` is set."""
-        sha256 = hashlib.sha256(self.name + b"\0")
-        crc32c = done = 0
+    folder: str
+    names: list[str]
+    paths: list[bytes]
+    first: int
+
+    def local_path(self, position: int) -> str:
+        return os.path.join(self.folder, self.names[position])
+
+
+def _unknown(files: _Files, snapshot: Snapshot, index: HashIndex) -> list[int]:
+    """Fill in the files that the index knows; return the positions of the others."""
+    unknown = []
+    for position, path in enumerate(files.paths):
+        state = _stat(files.local_path(position))
+        known = index.get(path, state)
+        if known:
+            snapshot._fill(files.first + position, state.st_size, state.st_mtime_ns, *known)
+        else:
+            unknown.append(position)
+    return unknown
+
+
+class _Hasher:
+    """Reads and hashes files; a context manager, which ends when all are done.
+
+    Small files in the caller's thread, as long as they are in memory or on a disk so fast that
+    threads would only be in each other's way; when reading keeps us waiting, many at once. It is
+    measured: what a few files took, less the CPU time of it, is what we waited. Large files go to
+    a thread for each processor.
+    """
+
+    def __init__(self, snapshot: Snapshot, progress: Progress) -> None:
+        self._snapshot = snapshot
+        self._progress = progress
+        self._stop = threading.Event()
+        # The processors this process may use: a container's share, not the whole machine's.
+        processors = min(_WIDE, len(os.sched_getaffinity(0)))
+        self._processors = ThreadPoolExecutor(processors, "hash")
+        self._wide = ThreadPoolExecutor(_WIDE, "hash")
+        self._pending: deque[Future[None]] = deque()
+        self._batch = _FEW
+        self._waits = 0
+        self._wide_files = 0
+        self._next_wide_files = _WIDE_FILES
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            while not stop.is_set() and (chunk := os.read(self.descriptor, _CHUNK)):
+            if kind is None:
+                self._settle()
+        finally:
+            self._stop.set()
+            for pool in (self._processors, self._wide):
+                pool.shutdown(cancel_futures=True)
+
+    def hash(self, files: _Files, positions: Sequence[int]) -> None:
+        """Hash the files at these positions, now or by the end."""
+        start = 0
+        while start < len(positions):
+            if self._wide_files > 0:
+                batch = positions[start : start + _FEW]
+                self._submit(self._wide, 2 * _WIDE, self._hash_all, files, batch)
+                self._wide_files -= len(batch)
+                if self._wide_files <= 0:
+                    self._settle()  # so that what comes next is measured alone
+            else:
+                batch = positions[start : start + self._batch]
+                self._hash_and_measure(files, batch)
+            start += len(batch)
+
+    def _hash_and_measure(self, files: _Files, positions: Sequence[int]) -> None:
+        started, worked = time.perf_counter(), time.thread_time()
+        large = self._hash_small(files, positions)
+        waited = time.perf_counter() - started - (time.thread_time() - worked)
+        if waited < _PATIENCE * len(positions):
+            self._batch = min(2 * self._batch, _MANY)
+            self._waits, self._next_wide_files = 0, _WIDE_FILES
+        else:
+            self._batch = _FEW
+            self._waits += 1
+            if self._waits >= _WAITS:
+                self._wide_files = self._next_wide_files
+                self._next_wide_files *= 2
+        for position in large:
+            self._submit(self._processors, 2 * _WIDE, self._hash_large, files, position)
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, bound: int, work: Callable[..., None], *args: Any
+    ) -> None:
+        self._pending.append(pool.submit(work, *args))
+        while len(self._pending) > bound:
+            self._pending.popleft().result()
+
+    def _settle(self) -> None:
+        while self._pending:
+            self._pending.popleft().result()
+
+    def _hash_all(self, files: _Files, positions: Sequence[int]) -> None:
+        for position in self._hash_small(files, positions):
+            self._hash_large(files, position)
+
+    def _hash_small(self, files: _Files, positions: Sequence[int]) -> list[int]:
+        """Hash the small ones among these files, in any thread; return the positions of the others.
+
+        The loop that a million files pass through: no calls of our own, nothing looked up twice.
+        """
+        snapshot, (folder, names, paths, first) = self._snapshot, files
+        sizes, mtimes, crcs, digests = (
+            snapshot._sizes,
+            snapshot._mtimes,
+            snapshot._crcs,
+            snapshot._digests,
+        )
+        large, hashed = [], 0
+        directory = _open(folder, _FOLDER_FLAGS)
+        try:
+            for position in positions:
+                try:
+                    descriptor = os.open(names[position], _OPEN_FLAGS, dir_fd=directory)
+                except _INACCESSIBLE as exc:
+                    raise _inaccessible(files.local_path(position), exc) from exc
+                try:
+                    state = os.fstat(descriptor)
+                    size = state.st_size
+                    if not stat.S_ISREG(state.st_mode):
+                        raise _not_a_file(files.local_path(position), state.st_mode)
+                    if size > _SMALL:
+                        large.append(position)
+                        continue
+                    content = os.read(descriptor, size + 1)
+                finally:
+                    os.close(descriptor)
+                if len(content) != size:
+                    raise _changed(files.local_path(position), size, len(content))
+                index = first + position
+                sizes[index] = size
+                mtimes[index] = state.st_mtime_ns
+                crcs[index] = google_crc32c.value(content)
+                digest = hashlib.sha256(paths[position] + b"\0" + content).digest()
+                digests[32 * index : 32 * index + 32] = digest
+                hashed += size
+        finally:
+            os.close(directory)
+        self._progress.add(len(positions) - len(large), hashed)
+        return large
+
+    def _hash_large(self, files: _Files, position: int) -> None:
+        """Hash one file piece by piece, in any thread; end early when all is to end."""
+        path = files.local_path(position)
+        descriptor = _open(path, _OPEN_FLAGS)
+        try:
+            state = os.fstat(descriptor)
+            if not stat.S_ISREG(state.st_mode):
+                raise _not_a_file(path, state.st_mode)
+            sha256 = hashlib.sha256(files.paths[position] + b"\0")
+            crc32c = done = 0
+            while not self._stop.is_set() and (chunk := os.read(descriptor, _CHUNK)):
                 sha256.update(chunk)
                 crc32c = google_crc32c.extend(crc32c, chunk)
                 done += len(chunk)
-                progress.add(0, len(chunk))
+                self._progress.add(0, len(chunk))
         finally:
-            os.close(self.descriptor)
-        if not stop.is_set():
-            _check_size(self.path, self.size, done)
-            self.snapshot._fill(self.index, sha256.digest(), crc32c)
-            progress.add(1, 0)
+            os.close(descriptor)
+        if not self._stop.is_set():
+            if done != state.st_size:
+                raise _changed(path, state.st_size, done)
+            index = files.first + position
+            self._snapshot._fill(index, done, state.st_mtime_ns, sha256.digest(), crc32c)
+            self._progress.add(1, 0)
 
 
-def _read_small(descriptor: int, path: str, size: int) -> bytes:
+def _open(path: str, flags: int) -> int:
     try:
-        content = os.read(descriptor, size + 1)
-    finally:
-        os.close(descriptor)
-    _check_size(path, size, len(content))
-    return content
-
-
-def _check_size(path: str, opened: int, read: int) -> None:
-    if read != opened:
-        raise DataChangedError(
-            f"{path} changed while it was being hashed ({opened} bytes when opened, {read} bytes "
-            "read). Retry once nothing writes to it."
-        )
-
-
-def _open(path: str) -> tuple[int, os.stat_result]:
-    try:
-        descriptor = os.open(path, _OPEN_FLAGS)
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as exc:
+        return os.open(path, flags)
+    except _INACCESSIBLE as exc:
         raise _inaccessible(path, exc) from exc
-    opened = os.fstat(descriptor)
-    if not stat.S_ISREG(opened.st_mode):
-        os.close(descriptor)
-        raise _not_a_file(path, opened.st_mode)
-    return descriptor, opened
 
 
 def _stat(path: str) -> os.stat_result:
@@ -287,27 +421,28 @@ def _inaccessible(path: str, error: OSError) -> KerasRemoteError:
     )
 
 
-def _single(path: str) -> Iterator[tuple[bytes, str]]:
+def _single(path: str) -> tuple[str, list[str]]:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError as exc:
         raise DataNotFoundError(f"data path does not exist: {path}") from exc
     if not stat.S_ISREG(mode):
         raise _not_a_file(path, mode)
-    yield _encode(os.path.basename(path), path), path
+    return "", [os.path.basename(path)]
 
 
-def _walk(root: str) -> Iterator[tuple[bytes, str]]:
-    """Yield relative and absolute path of each file, in the order of the content hash."""
+def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield folders (relative, "" or with a final "/") and names of files in them, some at a time.
+
+    In the order of the content hash.
+    """
     linked: list[str] = []
     folders = [""]
     while folders:
         folder = folders.pop()
         files, subfolders = _list(root, folder, linked)
-        for name in files:
-            relative = folder + name
-            path = f"{root}/{relative}"
-            yield _encode(relative, path), path
+        for start in range(0, len(files), _SLICE):
+            yield folder, files[start : start + _SLICE]
         folders.extend(f"{folder}{name}/" for name in reversed(subfolders))
     if linked:
         _log.warning(
@@ -369,10 +504,28 @@ def _not_a_file(path: str, mode: int) -> InvalidInputError:
     return InvalidInputError(f"{path} is {kind}: expected regular files. Move it out of the data.")
 
 
-def _encode(relative: str, path: str) -> bytes:
+def _changed(path: str, opened: int, read: int) -> DataChangedError:
+    return DataChangedError(
+        f"{path} changed while it was being hashed ({opened} bytes when opened, {read} bytes "
+        "read). Retry once nothing writes to it."
+    )
+
+
+def _encode(root: str, folder: str, names: list[str]) -> list[bytes]:
+    """Return the relative paths of files in UTF-8."""
     try:
-        return relative.encode()
+        prefix = folder.encode()
+        return [prefix + name.encode() for name in names]
     except UnicodeEncodeError as exc:
+        paths = (os.fsencode(os.path.join(root, folder, name)) for name in names)
         raise InvalidInputError(
-            f"file name is not UTF-8: {os.fsencode(path)!r}. Rename it."
+            f"file name is not UTF-8: {next(p for p in paths if not _is_utf8(p))!r}. Rename it."
         ) from exc
+
+
+def _is_utf8(path: bytes) -> bool:
+    try:
+        path.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,9 +1,13 @@
 """The content hash is keras_remote's, byte for byte; the snapshot says what was read."""
 
+import hashlib
 import logging
 import os
 import tempfile
+import threading
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import google_crc32c
 import pytest
@@ -179,3 +183,61 @@ def test_any_tree_hashes_like_the_reference(files):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         assert take_snapshot(folder).content_hash == reference.content_hash(folder)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """A disk where opening a file takes 5 ms: tells who opened how many at once, and can heal."""
+
+    class Disk:
+        seconds = 0.005
+        most = now = 0
+        threads: ClassVar[list[str]] = []
+
+    # So much that a busy machine, which makes us wait for the processor, is no slow disk here.
+    monkeypatch.setattr("keras_remote_airflow.core.hashing._PATIENCE", 0.002)
+    disk, lock, system_open = Disk(), threading.Lock(), os.open
+
+    def slow_open(path, flags, mode=0o777, *, dir_fd=None):
+        with lock:
+            disk.now += 1
+            disk.most = max(disk.most, disk.now)
+            disk.threads.append(threading.current_thread().name)
+        try:
+            if disk.seconds:
+                time.sleep(disk.seconds)
+            return system_open(path, flags, mode, dir_fd=dir_fd)
+        finally:
+            with lock:
+                disk.now -= 1
+
+    monkeypatch.setattr("keras_remote_airflow.core.hashing.os.open", slow_open)
+    return disk
+
+
+def test_files_that_keep_us_waiting_are_read_many_at_once(tree, slow_disk):
+    root = str(tree({f"{n % 3}/{n}": bytes(n) for n in range(400)}))
+    assert take_snapshot(root).content_hash == reference.content_hash(root)
+    assert slow_disk.most > 16
+
+
+def test_files_that_do_not_are_read_one_by_one(tree, slow_disk):
+    slow_disk.seconds = 0
+    take_snapshot(str(tree({f"{n % 3}/{n}": bytes(n) for n in range(400)})))
+    assert set(slow_disk.threads) == {threading.current_thread().name}
+
+
+def test_reading_many_at_once_ends_when_the_disk_has_become_fast(tree, slow_disk, monkeypatch):
+    monkeypatch.setattr("keras_remote_airflow.core.hashing._WIDE_FILES", 50)
+    opened = slow_disk.threads
+
+    def heal(name, **kept):
+        slow_disk.seconds = 0 if len(opened) > 60 else slow_disk.seconds
+        return sha256(name, **kept)
+
+    sha256 = hashlib.sha256
+    monkeypatch.setattr("keras_remote_airflow.core.hashing.hashlib.sha256", heal)
+    opened.clear()
+    take_snapshot(str(tree({str(n): bytes(n) for n in range(400)})))
+    assert len(set(opened)) > 2
+    assert set(opened[-200:]) == {threading.current_thread().name}
