@@ -27,11 +27,14 @@ def describe_upload(path: str, result: "UploadResult | None") -> Any:
         return make_operator_lineage()
 
     from openlineage.client.event_v2 import InputDataset, OutputDataset
+    from openlineage.client.facet_v2 import DatasetFacet
     from openlineage.client.facet_v2 import dataset_version_dataset as versions
     from openlineage.client.facet_v2 import output_statistics_output_dataset as statistics
 
     bucket, prefix = split_gcs_uri(result.gcs_uri)
-    facets = {"version": versions.DatasetVersionDatasetFacet(result.content_hash)}
+    facets: dict[str, DatasetFacet] = {
+        "version": versions.DatasetVersionDatasetFacet(result.content_hash)
+    }
     written = statistics.OutputStatisticsOutputDatasetFacet(
         size=result.uploaded_bytes, fileCount=result.uploaded_files
     )
