@@ -29,8 +29,10 @@ def local_data_task(
     Every ref is replaced by the path of what it names, downloaded and verified as `materialize`
     does it: the directory, or the file. Refs are found at any depth of dicts, lists, tuples and
     dataclasses, whose types stay what they are; what a mapped task has pushed becomes a list if
-    there are refs in it. A ref that occurs twice is downloaded once. Where the ref says that a
-    training job should see the data (`mount_path`) is no concern of the worker, and is ignored.
+    there are refs in it. Nowhere else: the text of a ref, such as a template renders it, stays that
+    text, and a ref inside another object (of attrs, of pydantic, in a set) stays a ref. A ref that
+    occurs twice is downloaded once. Where the ref says that a training job should see the data
+    (`mount_path`) is no concern of the worker, and is ignored.
 
     Errors that stay true (a malformed ref, an unusable `dest`) fail the task at once; data that is
     not what its ref names and refusals or outages of Cloud Storage are left to its `retries`.

@@ -71,6 +71,7 @@ class DataUploadOperator(BaseOperator):
             Templated.
         on_cache_hit: "continue", or "skip" to end as skipped, and with it what is downstream, when
             the data is not new. The XComs are pushed either way.
+        multiple_outputs: push each field of the ref as an XCom of its own too.
     """
 
     template_fields: Sequence[str] = (

@@ -78,6 +78,7 @@ class CacheSensor(BaseSensorOperator):
         hash_index: file on the worker that remembers the hashes of unchanged files of `data`, see
             `core.index`; None takes the worker's `KERAS_REMOTE_HASH_INDEX`, or reads every file.
             Templated.
+        multiple_outputs: push each field of the ref as an XCom of its own too.
     """
 
     template_fields: Sequence[str] = (
@@ -173,6 +174,9 @@ class CacheSensor(BaseSensorOperator):
         with self._soft_failures_skip(), permanent_errors_fail_the_task():
             lookup, connection = self._ready()
             ref = lookup.look(connection)
+        if ref is None and not self.deferrable:
+            # Airflow's own message, at the end of a wait in vain, names neither hash nor bucket.
+            self.log.info("%s is not there yet", lookup)
         return PokeReturnValue(ref is not None, ref)
 
     def execute_complete(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002 - Airflow's signature

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,16 @@ class Config:
     data: object
     epochs: int = 3
     derived: str = dataclasses.field(init=False, default="kept")
+
+
+class Opaque:
+    """As attrs and pydantic make them: an object with fields, and not a dataclass."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __repr__(self):
+        return "Opaque"
 
 
 class Lazy(collections.abc.Sequence):
@@ -91,10 +102,14 @@ def test_refs_become_paths_and_types_stay(paths, value, expected):
         range(3),
         Lazy({"no": "ref"}),
         {"__data_ref__": "no"},
+        json.dumps(REF),
+        repr(REF),
+        [json.dumps(REF)],
+        Opaque(REF),
     ],
     ids=repr,
 )
-def test_what_holds_no_ref_is_the_very_same_object(paths, value):
+def test_what_holds_no_ref_that_is_looked_for_is_the_very_same_object(paths, value):
     assert paths.put_into(value) is value
     assert paths.fetched == []
 

@@ -34,3 +34,8 @@ def test_there_is_no_link_before_there_is_a_ref(monkeypatch, value):
 @pytest.mark.parametrize("kind", [CacheSensor, DataUploadOperator])
 def test_both_tasks_have_it(kind):
     assert [link.name for link in kind.operator_extra_links] == ["Cloud Storage"]
+
+
+@pytest.mark.parametrize("kind", [CacheSensor, DataUploadOperator])
+def test_both_tasks_have_the_packages_color_in_the_graph(kind):
+    assert kind.ui_color == "#d2e3fc"

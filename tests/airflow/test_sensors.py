@@ -4,6 +4,7 @@ What needs a scheduler or a trigger (reschedule mode, deferral, retries) is in t
 """
 
 import json
+import logging
 import os
 
 import pytest
@@ -119,6 +120,32 @@ def test_an_outage_is_waited_out(execute, published, gcs_server, monkeypatch):
     monkeypatch.setattr(cache, "find", failing_twice)
     assert execute(sensor(data_ref=published))[0] == published
     assert outages == []
+
+
+@pytest.fixture
+def logged(caplog, capsys):
+    """`logged()` returns what tasks have logged: to logging on Airflow 2, to stdout on 3."""
+    caplog.set_level(logging.INFO)
+    return lambda: caplog.text + capsys.readouterr().out
+
+
+def test_each_look_in_vain_says_what_was_looked_for_and_where(execute, gcs_server, logged):
+    task = sensor(content_hash=GOLDEN, bucket_name="test-bucket", timeout=0)
+    with pytest.raises(AirflowSensorTimeout):
+        execute(task)
+    assert f"{GOLDEN} in gs://test-bucket/default is not there yet" in logged()
+
+
+def test_one_that_defers_says_so_and_what_that_needs(execute, gcs_server, logged):
+    task = sensor(content_hash=GOLDEN, bucket_name="test-bucket", deferrable=True)
+    with pytest.raises(TaskDeferred):
+        execute(task)
+    text = logged()
+    assert text.count("not there yet") == text.count("not there yet; a triggerer"), "said once"
+    assert (
+        f"{GOLDEN} in gs://test-bucket/default is not there yet; a triggerer looks every 0.01 s "
+        "for at most 5.0 s. (This needs a running triggerer; without one, pass deferrable=False.)"
+    ) in text
 
 
 def test_silent_fail_waits_a_refusal_out(execute, published, gcs_server):
