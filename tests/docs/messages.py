@@ -51,6 +51,17 @@ def read_messages() -> dict[str, str]:
     return found
 
 
+def read_texts() -> list[str]:
+    """Return every text in the package's source: messages, and what they are put together of."""
+    return [
+        text
+        for path in sorted(ROOT.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant | ast.JoinedStr)
+        for text in _texts(node)
+    ]
+
+
 def _name(function: ast.expr) -> str:
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 

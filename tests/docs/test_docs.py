@@ -32,7 +32,7 @@ from keras_remote_airflow import Data, upload_data
 from keras_remote_airflow.core import errors, transport
 from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey, parse_marker
 
-from .messages import read_messages
+from .messages import read_messages, read_texts
 from .pages import PAGES, REPOSITORY, anchor, read_blocks, read_commands, read_headings, read_prose
 
 LANGUAGES = {"python", "console", "json", "shell", "text"}
@@ -314,6 +314,16 @@ def test_every_section_is_about_a_message_that_exists():
     for heading, section in _sections().items():
         assert len(heading.replace("…", "").strip()) >= 6, f"{heading} says too little"
         assert any(re.search(section, message) for message in messages), heading
+
+
+def test_what_is_quoted_in_a_list_is_said_by_the_code():
+    ours, _, _ = read_prose(TROUBLESHOOTING).partition("\n## Messages of others\n")
+    quoted = re.findall(r"^- `(.*?)`:", ours, re.MULTILINE)
+    assert quoted
+    texts = read_texts()
+    for quote in quoted:
+        pattern = r".*".join(map(re.escape, quote.split("…")))
+        assert any(re.search(pattern, text) for text in texts), quote
 
 
 def test_every_status_with_a_remedy_has_a_section():
