@@ -20,11 +20,11 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import aiohttp
@@ -53,6 +53,10 @@ _HOPELESS = (
     aiohttp.InvalidURL,
     aiohttp.NonHttpUrlClientError,
 )
+# A body up to this size goes into the socket's buffer as a whole; a larger one can get stuck.
+_SENT_AT_ONCE = 64 * 1024
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+_THREADS = 32
 _WARNING_INTERVAL = 10.0  # seconds between two warnings that something is tried again
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
@@ -118,28 +122,30 @@ class Limiter:
             not self._requests or self._bytes + size <= self._max_bytes
         )
 
-    def slot(self, size: int) -> "_Slot":
-        """Return a context that holds a place for one request, keeping `size` bytes in memory."""
-        return _Slot(self, size)
+    def try_enter(self, size: int) -> bool:
+        """Take a place for a request that keeps `size` bytes in memory, if one is free."""
+        if self._waiting or not self._fits(size):
+            return False
+        self._take(size)
+        return True
 
-    async def _enter(self, size: int) -> None:
-        if not self._waiting and self._fits(size):
-            self._take(size)
-            return
+    async def enter(self, size: int) -> None:
+        """Take a place as soon as one is free; whoever took one calls `leave`."""
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append((size, turn))
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._release(size)
+                self.leave(size)
             raise
 
     def _take(self, size: int) -> None:
         self._requests += 1
         self._bytes += size
 
-    def _release(self, size: int) -> None:
+    def leave(self, size: int) -> None:
+        """Give a place back."""
         self._requests -= 1
         self._bytes -= size
         while self._waiting and (self._waiting[0][1].done() or self._fits(self._waiting[0][0])):
@@ -158,20 +164,6 @@ class Limiter:
         if now - self._throttled_at > 1.0:
             self._throttled_at = now
             self.limit = self._threshold = max(1.0, self.limit / 2)
-
-
-@dataclass(slots=True)
-class _Slot:
-    """A place in a limiter. A class, because a generator costs five times as much a request."""
-
-    limiter: Limiter
-    size: int
-
-    async def __aenter__(self) -> None:
-        await self.limiter._enter(self.size)
-
-    async def __aexit__(self, *error: object) -> None:
-        self.limiter._release(self.size)
 
 
 class Transport:
@@ -197,6 +189,8 @@ class Transport:
         self._refused_authorization: str | None = None
         self._pid = os.getpid()
         self._loop = asyncio.new_event_loop()
+        # For what blocks: reading from slow disks, fetching tokens. Threads start when needed.
+        self._loop.set_default_executor(ThreadPoolExecutor(_THREADS, "cloud-storage"))
         self._thread = threading.Thread(target=self._loop.run_forever, name="cloud-storage")
         self._thread.daemon = True
 
@@ -228,6 +222,7 @@ class Transport:
         )
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=_tls()),
+            cookie_jar=aiohttp.DummyCookieJar(),
             timeout=timeout,
             auto_decompress=False,
             # Without it Cloud Storage would send the decompressed bytes of gzip-encoded objects,
@@ -299,9 +294,13 @@ class Transport:
         """
         failures, first_failure, reached = 0, 0.0, position()
         while True:
+            if not self.limiter.try_enter(size):
+                await self.limiter.enter(size)
             try:
-                async with self.limiter.slot(size):
+                try:
                     result = await attempt()
+                finally:
+                    self.limiter.leave(size)
                 self.limiter.succeeded()
             except _HOPELESS as exc:
                 raise StoreError(
@@ -361,27 +360,55 @@ class Transport:
             method: the HTTP method.
             url: below the endpoint, percent-encoded; or absolute, as an upload session's is.
             expected: statuses that the caller answers itself.
-            options: passed on to aiohttp: headers, data, chunked.
+            options: headers, and data: bytes, or an asynchronous iterator over them.
         """
-        headers = {**options.pop("headers", {}), **await self._authorization()}
+        response = await self._begin(what, method, url, expected, **options)
+        async with response:
+            yield response
+
+    async def exchange(
+        self, what: str, method: str, url: str, *, expected: tuple[int, ...], **options: Any
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """Make one attempt at a request whose answer is small; return status, headers and body.
+
+        Parameters and errors are those of `request`.
+        """
+        response = await self._begin(what, method, url, expected, **options)
+        async with response:
+            return response.status, response.headers, await response.read()
+
+    async def _begin(
+        self,
+        what: str,
+        method: str,
+        url: str,
+        expected: tuple[int, ...],
+        *,
+        headers: Mapping[str, str] = _NO_HEADERS,
+        data: Any = None,
+    ) -> aiohttp.ClientResponse:
+        headers = {**headers, **await self._authorization()}
         full_url = URL(url if "://" in url else self.endpoint + url, encoded=True)
-        body = options.pop("data", None)
-        async with (
-            _Sending(self.policy.stall_timeout, body) as sending,
-            self._session.request(
+
+        async def send(body: Any) -> aiohttp.ClientResponse:
+            return await self._session.request(
                 method,
                 full_url,
                 headers=headers,
-                data=sending.body,
+                data=body,
                 proxy=self._proxy,
                 allow_redirects=False,
-                **options,
-            ) as response,
-        ):
-            sending.ended()
-            if response.status in expected:
-                yield response
-                return
+            )
+
+        if data is None or (isinstance(data, bytes) and len(data) <= _SENT_AT_ONCE):
+            response = await send(data)
+        else:
+            async with _Sending(self.policy.stall_timeout, data) as sending:
+                response = await send(sending.body)
+                sending.ended()
+        if response.status in expected:
+            return response
+        async with response:
             error = refusal(what, response.status, await response.content.read(4096))
             if response.status in _RETRYABLE or (
                 response.status == 401 and self._may_reauthorize(headers.get("authorization"))
@@ -402,8 +429,8 @@ class Transport:
         """Send a request whose answer is small, retrying; return status and body."""
 
         async def attempt() -> tuple[int, bytes]:
-            async with self.request(what, method, url, expected=expected, **options) as response:
-                return response.status, await response.read()
+            status, _, body = await self.exchange(what, method, url, expected=expected, **options)
+            return status, body
 
         return await self.retrying(what, len(options.get("data") or b""), attempt)
 

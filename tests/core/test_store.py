@@ -7,6 +7,7 @@ import itertools
 import os
 import shlex
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -430,3 +431,23 @@ def test_suggested_command_cannot_be_misread_by_a_shell():
     name = "gs://b/x'; touch pwned #"
     assert shlex.split(how_to_clear(name).split(": ", 1)[1]) == ["gcloud", "storage", "rm", name]
     assert "gcloud" not in how_to_clear("gs://b/*")
+
+
+def test_files_that_keep_us_waiting_are_read_many_at_once(gcs_bucket, file, monkeypatch):
+    lock, most, now, system_open = threading.Lock(), 0, 0, os.open
+
+    def slow_open(path, flags, *arguments, **options):
+        nonlocal most, now
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.005)
+        with lock:
+            now -= 1
+        return system_open(path, flags, *arguments, **options)
+
+    uploads = [file(f"name-{number}", b"x" * number) for number in range(200)]
+    monkeypatch.setattr("keras_remote_airflow.core.store.os.open", slow_open)
+    with open_store(gcs_bucket) as store:
+        assert send(store, *uploads) == {upload.name: True for upload in uploads}
+    assert most > 8
