@@ -124,7 +124,9 @@ def run_dag(airflow_home: dict[str, str]) -> Callable[..., FinishedRun]:
         **env: str,
     ) -> FinishedRun:
         options = ["--conf", json.dumps(conf)] if conf else []
-        env = airflow_home | _dags_folder(airflow_home, dag_file) | {"PYTHONWARNINGS": "always"} | env
+        env = (
+            airflow_home | _dags_folder(airflow_home, dag_file) | {"PYTHONWARNINGS": "always"} | env
+        )
         if reserialize:
             _run([*_AIRFLOW, "dags", "reserialize"], env, timeout=timeout)
         log = _run([*_AIRFLOW, "dags", "test", dag_id, *options], env, timeout=timeout, check=False)

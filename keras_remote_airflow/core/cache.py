@@ -128,7 +128,19 @@ def upload_data(
 ) -> str:
     """Make sure that `data` is on Cloud Storage and return its `gs://` URI.
 
-    See `keras_remote_airflow.core.cache.upload`, which also tells what it did.
+    `keras_remote_airflow.core.cache.upload` does the same and tells what it did; there is more on
+    each parameter, and on what is raised.
+
+    Args:
+        bucket_name: bare name of an existing bucket.
+        data: a `Data`, or its path.
+        project: project id for the client made here.
+        namespace_prefix: what leads every object name.
+        client: google.cloud.storage.Client to use; None makes one.
+        layout: "keras_remote", or "kinetic" to share the cache with keras-kinetic.
+        verify: "page" checks a hit against the first 1,000 objects, "full" against all.
+        retry: when to try a failed request again and when to give up.
+        hash_index: local file that remembers the hashes of unchanged files.
     """
     result = upload(
         bucket_name,

@@ -349,28 +349,62 @@ def test_every_public_name_is_under_the_compatibility_policy():
     assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
 
 
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("operators", "DataUploadOperator"),
-        ("sensors", "CacheSensor"),
-        ("decorators", "LocalDataOperator"),
-    ],
-)
-def test_every_parameter_is_documented(module, name):
-    source = (REPOSITORY / "keras_remote_airflow" / f"{module}.py").read_text(encoding="utf-8")
-    (cls,) = (
+def _definition(module, name):
+    """Return a function's or class's node in our source: to import it would import Airflow."""
+    path = REPOSITORY.joinpath("keras_remote_airflow", *module.split(".")).with_suffix(".py")
+    (found,) = (
         node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name == name
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name
     )
-    (init,) = (
-        node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"
-    )
-    airflows_own = {"python_callable", "op_args", "op_kwargs"}
+    return found
+
+
+def _parameters(node):
+    """Return the names of what a function, or a class's __init__, takes."""
+    if isinstance(node, ast.ClassDef):
+        (node,) = (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return {argument.arg for argument in arguments} - {"self"}
+
+
+AIRFLOWS_OWN = {"python_callable", "op_args", "op_kwargs"}  # what it makes of a decorated function
+TASKS = [
+    ("operators", "DataUploadOperator"),
+    ("sensors", "CacheSensor"),
+    ("decorators", "LocalDataOperator"),
+]
+CALLED = [
+    *((module, name) for name, module in keras_remote_airflow._HOME.items()),
+    ("decorators", "LocalDataOperator"),
+    ("decorators", "local_data_task"),
+    ("consumers", "gcsfuse_pod_kwargs"),
+    ("consumers", "materialize_pod_kwargs"),
+    ("consumers", "vertex_command_kwargs"),
+    ("consumers", "vertex_custom_job_kwargs"),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), TASKS)
+def test_every_parameter_is_documented(module, name):
     text = "".join(read_prose(page) for page in PAGES)
-    parameters = {argument.arg for argument in init.args.kwonlyargs} - airflows_own
+    parameters = _parameters(_definition(module, name)) - AIRFLOWS_OWN
     assert [p for p in sorted(parameters) if not re.search(rf"`{p}\b", text)] == []
+
+
+@pytest.mark.parametrize(("module", "name"), CALLED)
+def test_docstrings_have_every_parameter_and_no_other(module, name):
+    node = _definition(module, name)
+    docstring = ast.get_docstring(node)
+    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", docstring, re.MULTILINE)
+    parameters = sorted(
+        _parameters(node) - (AIRFLOWS_OWN if name == "LocalDataOperator" else set())
+    )
+    if section is None:  # one that takes a thing or two may say so in its text
+        assert len(parameters) <= 1
+        assert [p for p in parameters if f"`{p}`" not in docstring] == []
+    else:
+        assert sorted(re.findall(r"^    (\w+): ", section[1], re.MULTILINE)) == parameters
 
 
 def test_the_readme_is_one_page():
