@@ -12,12 +12,10 @@ import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras_remote_airflow.core.data import Data
 from keras_remote_airflow.core.errors import ConflictError, InvalidInputError, MarkerError
-from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH, Snapshot, take_snapshot
-from keras_remote_airflow.core.index import default_index
 from keras_remote_airflow.core.inventory import data_objects, differences
 from keras_remote_airflow.core.layout import (
     RESERVED_NAME,
@@ -30,8 +28,7 @@ from keras_remote_airflow.core.layout import (
     parse_marker,
     split_gcs_uri,
 )
-from keras_remote_airflow.core.progress import Progress, format_bytes
-from keras_remote_airflow.core.store import (
+from keras_remote_airflow.core.objects import (
     ObjectStore,
     Upload,
     first_page,
@@ -39,7 +36,11 @@ from keras_remote_airflow.core.store import (
     list_objects,
     open_store,
 )
-from keras_remote_airflow.core.transport import RetryPolicy
+from keras_remote_airflow.core.progress import Progress, format_bytes
+
+if TYPE_CHECKING:
+    from keras_remote_airflow.core.hashing import Snapshot
+    from keras_remote_airflow.core.transport import RetryPolicy
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def upload_data(
     client: Any = None,
     layout: str = "keras_remote",
     verify: str = "page",
-    retry: RetryPolicy | None = None,
+    retry: "RetryPolicy | None" = None,
     hash_index: str | None = None,
 ) -> str:
     """Make sure that `data` is on Cloud Storage and return its `gs://` URI.
@@ -165,7 +166,7 @@ def upload(
     client: Any = None,
     layout: str = "keras_remote",
     verify: str = "page",
-    retry: RetryPolicy | None = None,
+    retry: "RetryPolicy | None" = None,
     hash_index: str | None = None,
     dry_run: bool = False,
 ) -> UploadResult:
@@ -202,6 +203,9 @@ def upload(
         MarkerError: the marker cannot be read.
         StoreError: Cloud Storage refused, or kept failing until the deadline (120 s).
     """
+    from keras_remote_airflow.core.hashing import take_snapshot
+    from keras_remote_airflow.core.index import default_index
+
     started = time.monotonic()
     check_bucket(bucket_name)
     check_namespace(namespace_prefix)
@@ -262,7 +266,7 @@ def find(
     client: Any = None,
     layout: str = "keras_remote",
     verify: str = "page",
-    retry: RetryPolicy | None = None,
+    retry: "RetryPolicy | None" = None,
 ) -> CacheEntry | None:
     """Return the dataset published under `content_hash`, or None while there is none.
 
@@ -278,7 +282,7 @@ def find(
 
 
 def lookup(
-    store: ObjectStore, key: CacheKey, *, snapshot: Snapshot | None = None, verify: str = "page"
+    store: ObjectStore, key: CacheKey, *, snapshot: "Snapshot | None" = None, verify: str = "page"
 ) -> CacheEntry | None:
     """Return the entry under `key` if its marker and its objects are there, else None.
 
@@ -325,7 +329,7 @@ def lookup(
     return CacheEntry(key.gcs_uri, *known, published_at=published_at)
 
 
-def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progress) -> None:
+def publish(store: ObjectStore, key: CacheKey, snapshot: "Snapshot", sent: Progress) -> None:
     """Store the objects that are missing under `key`, then the marker.
 
     Args:
@@ -353,7 +357,7 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progres
 
 
 def _send(
-    store: ObjectStore, key: CacheKey, snapshot: Snapshot, missing: "array[int]", sent: Progress
+    store: ObjectStore, key: CacheKey, snapshot: "Snapshot", missing: "array[int]", sent: Progress
 ) -> None:
     """Store these files of the snapshot, or those of them that nobody else stores meanwhile."""
     found_there = 0
@@ -393,13 +397,13 @@ def _send(
             sent.expect(len(missing), _size(snapshot, missing))
 
 
-def _size(snapshot: Snapshot, files: "array[int]") -> int:
+def _size(snapshot: "Snapshot", files: "array[int]") -> int:
     if len(files) == len(snapshot):
         return snapshot.total_bytes
     return sum(snapshot.record(index).size for index in files)
 
 
-def _missing_from_anywhere(store: ObjectStore, key: CacheKey, snapshot: Snapshot) -> "array[int]":
+def _missing_from_anywhere(store: ObjectStore, key: CacheKey, snapshot: "Snapshot") -> "array[int]":
     """Return which files have no object, in the order of the hash but from a random one on.
 
     So that several uploaders of the same data share the work instead of racing for each object.
@@ -414,7 +418,7 @@ def _check_verify(verify: str) -> None:
         raise InvalidInputError(f"unknown verify {verify!r}: expected one of {list(_VERIFY)}")
 
 
-def _check_names(snapshot: Snapshot, key: CacheKey) -> None:
+def _check_names(snapshot: "Snapshot", key: CacheKey) -> None:
     for name in snapshot.names():
         check_relative_path(name, key.prefix)
         if name == RESERVED_NAME.encode():
@@ -424,7 +428,7 @@ def _check_names(snapshot: Snapshot, key: CacheKey) -> None:
             )
 
 
-def _warn_if_odd(snapshot: Snapshot) -> None:
+def _warn_if_odd(snapshot: "Snapshot") -> None:
     if not len(snapshot):
         _log.warning(
             "%s is an empty directory: a dataset without files. Is the volume mounted?",
@@ -440,7 +444,7 @@ def _warn_if_odd(snapshot: Snapshot) -> None:
 
 
 def _missing(
-    store: ObjectStore, key: CacheKey, snapshot: Snapshot, *, only_first_page: bool
+    store: ObjectStore, key: CacheKey, snapshot: "Snapshot", *, only_first_page: bool
 ) -> Iterator[int]:
     """Yield which files of the snapshot have no object; raise ConflictError for foreign objects."""
     bound = None
@@ -476,6 +480,8 @@ def _disagreement(
 
     Raises ConflictError if there are more than it says.
     """
+    from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH
+
     if receipt is None:
         # Another client's marker says nothing of its objects; only the empty directory has none.
         objects = data_objects(list_objects(store, key.prefix), key.prefix)

@@ -4,8 +4,6 @@ import logging
 import os
 
 from keras_remote_airflow.core.errors import DataNotFoundError, InvalidInputError
-from keras_remote_airflow.core.hashing import take_snapshot
-from keras_remote_airflow.core.index import default_index
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +74,9 @@ class Data:
                 readable file.
             DataChangedError: a file changed or vanished while it was read.
         """
+        from keras_remote_airflow.core.hashing import take_snapshot
+        from keras_remote_airflow.core.index import default_index
+
         if self.is_gcs:
             raise InvalidInputError(
                 f"cannot compute a content hash for {self._path}: only local data is hashed"

@@ -1,10 +1,13 @@
 """Compare what is on disk with what a listing shows."""
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from keras_remote_airflow.core.hashing import Snapshot
 from keras_remote_airflow.core.layout import RESERVED_NAME
-from keras_remote_airflow.core.store import ObjectInfo
+from keras_remote_airflow.core.objects import ObjectInfo
+
+if TYPE_CHECKING:
+    from keras_remote_airflow.core.hashing import Snapshot
 
 
 def data_objects(objects: Iterable[ObjectInfo], prefix: str) -> Iterator[tuple[bytes, ObjectInfo]]:
@@ -19,7 +22,7 @@ def data_objects(objects: Iterable[ObjectInfo], prefix: str) -> Iterator[tuple[b
 
 
 def differences(
-    snapshot: Snapshot,
+    snapshot: "Snapshot",
     objects: Iterable[tuple[bytes, ObjectInfo]],
     bound: bytes | None = None,
 ) -> Iterator[tuple[int | None, ObjectInfo | None]]:

@@ -21,14 +21,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras_remote_airflow.core.errors import (
     IntegrityError,
     InvalidInputError,
     KerasRemoteError,
 )
-from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH, Snapshot, take_snapshot
 from keras_remote_airflow.core.inventory import data_objects, differences
 from keras_remote_airflow.core.layout import (
     CacheKey,
@@ -37,9 +36,7 @@ from keras_remote_airflow.core.layout import (
     parse_marker,
     split_gcs_uri,
 )
-from keras_remote_airflow.core.progress import Progress, format_bytes
-from keras_remote_airflow.core.refs import DataRef, parse_data_ref
-from keras_remote_airflow.core.store import (
+from keras_remote_airflow.core.objects import (
     Download,
     ObjectInfo,
     ObjectStore,
@@ -47,7 +44,12 @@ from keras_remote_airflow.core.store import (
     list_objects,
     open_store,
 )
-from keras_remote_airflow.core.transport import RetryPolicy
+from keras_remote_airflow.core.progress import Progress, format_bytes
+from keras_remote_airflow.core.refs import DataRef, parse_data_ref
+
+if TYPE_CHECKING:
+    from keras_remote_airflow.core.hashing import Snapshot
+    from keras_remote_airflow.core.transport import RetryPolicy
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def materialize(
     cache_dir: str | None = None,
     client: Any = None,
     project: str | None = None,
-    retry: RetryPolicy | None = None,
+    retry: "RetryPolicy | None" = None,
 ) -> str:
     """Download the data that `ref` names, verify it, and return its local path.
 
@@ -94,6 +96,8 @@ def materialize(
         StoreError: Cloud Storage refused, or kept failing until the deadline (120 s).
         OSError: the destination cannot be written, or the disk is full.
     """
+    from keras_remote_airflow.core.hashing import take_snapshot
+
     parsed = parse_data_ref(ref)
     key = parsed.cache_key
     target = os.path.expanduser(dest) if dest else parsed.mount_path
@@ -166,7 +170,7 @@ class _RefData:
             digest.update(f"\0{info.name}\0{info.generation}".encode())
         return digest.hexdigest()
 
-    def problem(self, snapshot: Snapshot) -> str | None:
+    def problem(self, snapshot: "Snapshot") -> str | None:
         """Say how data on disk differs from what the ref names, or return None."""
         if self.key and snapshot.content_hash == self.key.content_hash:
             return None
@@ -178,7 +182,7 @@ class _RefData:
             faults.append(f"its content hash is {snapshot.content_hash}")
         return "; ".join(faults[:_SHOWN]) or None
 
-    def _check_kind(self, snapshot: Snapshot) -> None:
+    def _check_kind(self, snapshot: "Snapshot") -> None:
         assert self.key is not None  # noqa: S101 - for the type checker; only called with a key
         if snapshot.hash_as(not self.ref.is_dir) == self.key.content_hash:
             kind = "a single file" if self.ref.is_dir else "a directory"
@@ -187,7 +191,7 @@ class _RefData:
                 "the ref."
             )
 
-    def _unlike_uploaded(self, snapshot: Snapshot) -> list[str]:
+    def _unlike_uploaded(self, snapshot: "Snapshot") -> list[str]:
         """Name files that differ from the digest which their uploader attached."""
         attached = {path: info.digest for path, info in self.objects()}
         expected = any(attached.values())  # other clients attach none
@@ -205,7 +209,7 @@ class _RefData:
         body = self.store.read(self.key.marker_name) if self.key else None
         return parse_marker(body, self.key) if self.key and body else None
 
-    def _unlike_receipt(self, snapshot: Snapshot) -> list[str]:
+    def _unlike_receipt(self, snapshot: "Snapshot") -> list[str]:
         receipt = self.receipt()
         if receipt is None or (receipt.files, receipt.total_bytes) == (
             len(snapshot),
@@ -218,7 +222,7 @@ class _RefData:
         ]
 
 
-def _fault(snapshot: Snapshot, index: int | None, info: ObjectInfo | None) -> str:
+def _fault(snapshot: "Snapshot", index: int | None, info: ObjectInfo | None) -> str:
     if index is None:
         return f"{info.name if info else ''} is missing on disk"
     path = snapshot.record(index).path
@@ -238,6 +242,8 @@ def _reuse(ref: DataRef, final: str, problem: str | None) -> str:
 
 def _fetch(source: _RefData, folder: str, final: str) -> str:
     """Fill `final` through a directory of our own in `folder`, which is on the same file system."""
+    from keras_remote_airflow.core.hashing import take_snapshot
+
     os.makedirs(folder, exist_ok=True)
     partial = os.path.join(folder, partial_name(final))
     with _locked(partial):
@@ -417,6 +423,8 @@ def _check_dest(dest: str) -> str:
 
 
 def _may_be_empty(source: _RefData) -> bool:
+    from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH
+
     return source.key is not None and source.key.content_hash == EMPTY_DIRECTORY_HASH
 
 

@@ -1,4 +1,4 @@
-"""Objects in one bucket: what the cache asks of a store, and Cloud Storage's answer.
+"""Cloud Storage's answer to `core.objects`.
 
 Nothing here overwrites or deletes: every write is create-only (`ifGenerationMatch=0`) and declares
 the CRC32C that was taken when the data was hashed, so Cloud Storage refuses bytes that are not the
@@ -16,12 +16,11 @@ import mimetypes
 import os
 import re
 import secrets
-import shlex
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import aiohttp
@@ -34,13 +33,15 @@ from keras_remote_airflow.core.errors import (
     StoreError,
 )
 from keras_remote_airflow.core.layout import MAX_MARKER_BYTES
-from keras_remote_airflow.core.project import resolve_project
-from keras_remote_airflow.core.transport import (
-    RetryableError,
-    RetryPolicy,
-    Transport,
-    refusal,
+from keras_remote_airflow.core.objects import (
+    Download,
+    ObjectInfo,
+    Page,
+    Upload,
+    how_to_clear,
+    untold,
 )
+from keras_remote_airflow.core.transport import RetryableError, Transport, refusal
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -66,158 +67,6 @@ _BOUNDARY = secrets.token_hex(16)
 _CRC32C_HEADER = re.compile(r"crc32c=([A-Za-z0-9+/=]+)")
 # Downloads whose bytes disagree with their checksum are fetched anew this often.
 _MAX_CORRUPT = 5
-
-
-class ObjectInfo(NamedTuple):
-    """One object as a listing shows it.
-
-    Attributes:
-        name: in the bucket.
-        size: bytes.
-        crc32c: of the content.
-        generation: which version of the object this is.
-        digest: the file digest that the uploader attached, hex, or None.
-    """
-
-    name: str
-    size: int
-    crc32c: int
-    generation: int
-    digest: str | None = None
-
-
-class Page(NamedTuple):
-    """One page of a listing, in the byte order of the names; the last has no next token."""
-
-    objects: list[ObjectInfo]
-    next_token: str | None
-
-
-class Upload(NamedTuple):
-    """A local file to store.
-
-    Attributes:
-        path: the local file.
-        name: the object's name.
-        size: bytes when it was hashed.
-        mtime_ns: its modification time then.
-        crc32c: of its content then.
-        digest: its file digest, raw.
-    """
-
-    path: str
-    name: str
-    size: int
-    mtime_ns: int
-    crc32c: int
-    digest: bytes
-
-
-class Download(NamedTuple):
-    """An object to fetch into `path`, a file that does not exist yet."""
-
-    info: ObjectInfo
-    path: str
-
-
-def _untold(moved: int) -> None:
-    """Nobody wants to know how many bytes moved."""
-
-
-class ObjectStore(Protocol):
-    """What the cache needs of a bucket. Every method raises StoreError when the store refuses."""
-
-    bucket: str
-
-    def read(self, name: str) -> bytes | None:
-        """Return a marker's content, or None if there is no such object.
-
-        Of one above `MAX_MARKER_BYTES` it returns only as much as shows that.
-        """
-
-    def list_page(self, prefix: str, token: str | None = None) -> Page:
-        """Return one page of the objects whose names begin with `prefix`."""
-
-    def create(self, name: str, content: bytes) -> bool:
-        """Store a small object unless the name is taken; return whether it was stored."""
-
-    def upload(
-        self,
-        uploads: Iterable[Upload],
-        done: Callable[[Upload, bool], None],
-        moved: Callable[[int], None] = _untold,
-    ) -> None:
-        """Store files concurrently; objects that hold the same bytes already are left alone.
-
-        Args:
-            uploads: consumed as places become free, so it may be a generator over many (but not
-                one that uses this store).
-            done: called for each file, with whether it was sent (rather than found there).
-            moved: called with the bytes of a large file as they move, negative for those that
-                have to be sent again, and for all of them just before the file is done.
-
-        Raises:
-            DataChangedError: a file is not as it was hashed; it was not stored.
-            ConflictError: an object of that name holds other bytes.
-        """
-
-    def download(
-        self,
-        downloads: Iterable[Download],
-        done: Callable[[Download], None],
-        moved: Callable[[int], None] = _untold,
-    ) -> None:
-        """Fetch objects concurrently into new files, checking size and CRC32C; see `upload`.
-
-        Raises:
-            IntegrityError: an object is gone, was replaced, or its bytes disagree with its
-                checksum time and again.
-        """
-
-
-def first_page(store: ObjectStore, prefix: str) -> Page:
-    """Return the first page that shows anything.
-
-    Empty pages may come before it: only the missing token says that a listing is over, see
-    https://cloud.google.com/storage/docs/json_api/v1/objects/list.
-    """
-    page = store.list_page(prefix)
-    while not page.objects and page.next_token is not None:
-        page = store.list_page(prefix, page.next_token)
-    return page
-
-
-def list_objects(store: ObjectStore, prefix: str) -> Iterator[ObjectInfo]:
-    """Yield every object whose name begins with `prefix`, in the byte order of the names."""
-    token = None
-    while True:
-        page = store.list_page(prefix, token)
-        yield from page.objects
-        token = page.next_token
-        if token is None:
-            return
-
-
-@contextmanager
-def open_store(
-    bucket: str, client: Any = None, project: str | None = None, retry: RetryPolicy | None = None
-) -> Iterator[ObjectStore]:
-    """Open a bucket on Cloud Storage, and close its connections afterwards.
-
-    Args:
-        bucket: bare name of the bucket.
-        client: google.cloud.storage.Client whose credentials and endpoint to use; None makes one
-            from the environment (application default credentials, `STORAGE_EMULATOR_HOST`).
-        project: project id for a client made here; None takes the environment's.
-        retry: when to retry; None takes the defaults.
-    """
-    if client is None:
-        from google.cloud import storage
-
-        # google.cloud.storage has no types.
-        client = storage.Client(project=resolve_project(project))  # type: ignore[no-untyped-call]
-    with Transport(client, retry or RetryPolicy()) as transport:
-        yield GcsStore(bucket, transport)
 
 
 class GcsStore:
@@ -307,7 +156,7 @@ class GcsStore:
         self,
         uploads: Iterable[Upload],
         done: Callable[[Upload, bool], None],
-        moved: Callable[[int], None] = _untold,
+        moved: Callable[[int], None] = untold,
     ) -> None:
         async def one(upload: Upload) -> None:
             send = self._send_whole if upload.size <= _SINGLE_REQUEST else self._send_resumable
@@ -468,7 +317,7 @@ class GcsStore:
         self,
         downloads: Iterable[Download],
         done: Callable[[Download], None],
-        moved: Callable[[int], None] = _untold,
+        moved: Callable[[int], None] = untold,
     ) -> None:
         async def one(download: Download) -> None:
             with _Transit(moved) as transit:
@@ -738,13 +587,6 @@ def conflict(uri: str, size: int, crc32c: int, there: ObjectInfo) -> ConflictErr
         f"{_encode(there.crc32c)}, expected {size} bytes with {_encode(crc32c)}. Nothing was "
         f"overwritten. Find out who wrote it; {how_to_clear(uri)}"
     )
-
-
-def how_to_clear(uri: str) -> str:
-    """Return in words how to remove an object, whose name may be chosen by a stranger."""
-    if set(uri) & set("*?[") or not uri.isprintable():  # gcloud would take it for a pattern
-        return "to clear it, delete it in the Cloud Storage console"
-    return f"to clear it: gcloud storage rm {shlex.quote(uri)}"
 
 
 def _changed(upload: Upload, how: str) -> DataChangedError:

@@ -124,7 +124,7 @@ class _Insatiable:
         return None
 
     def list_page(self, prefix: str, token: str | None = None) -> Any:
-        from keras_remote_airflow.core.store import Page
+        from keras_remote_airflow.core.objects import Page
 
         return Page([], None)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import google_crc32c
 
 from keras_remote_airflow.core.errors import ConflictError, DataChangedError, IntegrityError
-from keras_remote_airflow.core.store import Download, ObjectInfo, Page, Upload
+from keras_remote_airflow.core.objects import Download, ObjectInfo, Page, Upload
 
 
 class MemoryStore:

@@ -27,6 +27,17 @@ print(len(set(sys.modules) - before - loaded))
     assert run(script).split("\n")[:2] == ["[]", "0"]
 
 
+@pytest.mark.parametrize("name", ["Data", "make_data_ref", "materialize", "upload_data"])
+def test_importing_a_name_does_not_load_what_talks_to_cloud_storage(name):
+    script = f"""
+import sys
+from keras_remote_airflow import {name}
+heavy = "aiohttp", "google_crc32c", "google.cloud.storage", "requests", "tqdm"
+print([module for module in heavy if module in sys.modules])
+"""
+    assert run(script).strip() == "[]"
+
+
 def test_unknown_name_is_an_attribute_error():
     import keras_remote_airflow
 

@@ -22,8 +22,7 @@ from keras_remote_airflow.core.errors import (
     IntegrityError,
     StoreError,
 )
-from keras_remote_airflow.core.store import (
-    DIGEST_KEY,
+from keras_remote_airflow.core.objects import (
     Download,
     ObjectInfo,
     ObjectStore,
@@ -32,6 +31,7 @@ from keras_remote_airflow.core.store import (
     list_objects,
     open_store,
 )
+from keras_remote_airflow.core.store import DIGEST_KEY
 from keras_remote_airflow.core.transport import RetryPolicy
 from keras_remote_airflow.testing import Fault
 

@@ -10,7 +10,7 @@ from test_hashed_bytes import Uploading, held_at
 from keras_remote_airflow.core.data import Data
 from keras_remote_airflow.core.errors import ConflictError, MarkerError, StoreError
 from keras_remote_airflow.core.hashing import take_snapshot
-from keras_remote_airflow.core.store import Upload, open_store
+from keras_remote_airflow.core.objects import Upload, open_store
 from keras_remote_airflow.testing import Fault, StorageServer
 
 FILES = small_files(2) | {"mid": content(3 << 20), "big": content(9 << 20)}

@@ -25,8 +25,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from keras_remote_airflow.core.cache import CacheKey, find, lookup, publish
 from keras_remote_airflow.core.errors import DataChangedError, IntegrityError
 from keras_remote_airflow.core.hashing import take_snapshot
+from keras_remote_airflow.core.objects import open_store
 from keras_remote_airflow.core.progress import Progress
-from keras_remote_airflow.core.store import open_store
 from keras_remote_airflow.testing import StorageServer
 
 _log = logging.getLogger(__name__)
