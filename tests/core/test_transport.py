@@ -1,0 +1,254 @@
+"""How requests get to Cloud Storage: whose account pays, through which proxy, with which token."""
+
+import datetime
+import http.client
+import http.server
+import shutil
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from email.message import Message
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import storage
+from google.oauth2.credentials import Credentials
+
+from keras_remote_airflow import make_data_ref, materialize
+from keras_remote_airflow.core.cache import find, upload
+from keras_remote_airflow.core.hashing import take_snapshot
+from keras_remote_airflow.core.objects import Upload, open_store
+
+from .conftest import on_disk
+
+HOST = "storage.invalid"  # no name server knows it, so who gets there went through the proxy
+FILES = {"small": b"s", "medium": b"m" * (2 << 20), "large": b"l" * (9 << 20)}
+
+
+class Relay(http.server.ThreadingHTTPServer):
+    """Hands every request on to one server: a forwarding proxy, or, in TLS, a server.
+
+    Attributes:
+        seen: method, target and headers of each request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, url: str, tls: ssl.SSLContext | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), _RelayHandler)
+        self.target = urlsplit(url).hostname, urlsplit(url).port
+        self.seen: list[tuple[str, str, Message]] = []
+        self.scheme = "https" if tls else "http"
+        if tls:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _RelayHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Relay
+
+    def relay(self) -> None:
+        self.server.seen.append((self.command, self.path, self.headers))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        url = urlsplit(self.path)
+        connection = http.client.HTTPConnection(*self.server.target)
+        try:
+            path = f"{url.path}?{url.query}"
+            connection.request(self.command, path, body, dict(self.headers))
+            answer = connection.getresponse()
+            content = answer.read()
+        finally:
+            connection.close()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                if name == "Location":
+                    value = urlsplit(value)._replace(scheme=self.server.scheme).geturl()
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = do_PUT = relay  # noqa: N815 - the base class's names
+
+    def do_CONNECT(self) -> None:
+        self.server.seen.append((self.command, self.path, self.headers))
+        with socket.create_connection(self.server.target) as other:
+            self.send_response(200)
+            self.end_headers()
+            back = threading.Thread(target=_pipe, args=(other, self.connection))
+            back.start()
+            _pipe(self.connection, other)
+            back.join(10)
+        self.close_connection = True
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def _pipe(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):  # either side may be the first to hang up
+        with source.makefile("rb", 0) as incoming, target.makefile("wb", 0) as outgoing:
+            shutil.copyfileobj(incoming, outgoing)
+        target.shutdown(socket.SHUT_WR)
+
+
+@contextmanager
+def serving(relay: Relay) -> Iterator[Relay]:
+    with relay:
+        threading.Thread(target=relay.serve_forever, daemon=True).start()
+        yield relay
+        relay.shutdown()
+
+
+@pytest.fixture
+def proxy(gcs_server, monkeypatch) -> Iterator[Relay]:
+    """A proxy that leads to the server, and the environment that names it."""
+    for name in ("http_proxy", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(Relay(gcs_server.url)) as relay:
+        monkeypatch.setenv("http_proxy", relay.url)
+        yield relay
+
+
+def client_for(endpoint: str, credentials: Any = None) -> storage.Client:
+    return storage.Client(
+        project="test-project",
+        credentials=credentials or AnonymousCredentials(),
+        client_options={"api_endpoint": endpoint},
+    )
+
+
+def there_and_back(client: storage.Client, bucket: str, root: Path, copy: Path) -> None:
+    """Do everything that sends requests."""
+    result = upload(bucket, root, client=client)
+    assert find(bucket, result.content_hash, client=client).files == len(FILES)
+    materialize(make_data_ref(result.gcs_uri, True), str(copy), client=client)
+    assert on_disk(copy) == FILES
+
+
+def test_proxy_carries_every_request(proxy, gcs_server, gcs_bucket, tree, tmp_path):
+    there_and_back(client_for(f"http://{HOST}"), gcs_bucket, tree(FILES), tmp_path / "copy")
+    assert {urlsplit(target).hostname for _, target, _ in proxy.seen} == {HOST}
+    assert len(proxy.seen) == len(gcs_server.requests)
+    assert {method for method, _, _ in proxy.seen} == {"GET", "POST", "PUT"}
+
+
+def test_tls_goes_through_the_proxy_unopened(gcs_server, gcs_bucket, tree, tmp_path, monkeypatch):
+    certificate = make_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    with serving(Relay(gcs_server.url, context)) as server, serving(Relay(server.url)) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        client = client_for(f"https://{HOST}", Credentials("secret-token"))
+        there_and_back(client, gcs_bucket, tree(FILES), tmp_path / "copy")
+    assert {(method, target) for method, target, _ in proxy.seen} == {("CONNECT", f"{HOST}:443")}
+    assert all("secret" not in str(headers) for _, _, headers in proxy.seen)
+    assert {headers["Authorization"] for _, _, headers in server.seen} == {"Bearer secret-token"}
+
+
+def make_certificate(folder: Path) -> Path:
+    """Write a key and a certificate for HOST that it has signed itself."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, HOST)])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1)
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(HOST)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "certificate.pem"
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        + certificate.public_bytes(serialization.Encoding.PEM)
+    )
+    return path
+
+
+def test_no_proxy_is_honoured(proxy, gcs_server, gcs_bucket, tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    there_and_back(client_for(gcs_server.url), gcs_bucket, tree(FILES), tmp_path / "copy")
+    assert proxy.seen == []
+
+
+def test_proxy_is_looked_up_once(proxy, gcs_bucket, tree, monkeypatch):
+    import requests.utils
+
+    asked = []
+    look_up = requests.utils.get_environ_proxies
+    monkeypatch.setattr(
+        requests.utils, "get_environ_proxies", lambda url: asked.append(url) or look_up(url)
+    )
+    upload(gcs_bucket, tree(FILES), client=client_for(f"http://{HOST}"))
+    assert asked == [f"http://{HOST}"]
+    assert len(proxy.seen) > len(FILES)
+
+
+def test_every_request_names_the_project_that_pays(proxy, gcs_bucket, tree, tmp_path):
+    credentials = Credentials("token", quota_project_id="billed-project")
+    client = client_for(f"http://{HOST}", credentials)
+    there_and_back(client, gcs_bucket, tree(FILES), tmp_path / "copy")
+    assert {method for method, _, _ in proxy.seen} == {"GET", "POST", "PUT"}
+    named = {headers["x-goog-user-project"] for _, _, headers in proxy.seen}
+    assert named == {"billed-project"}
+
+
+class ShortLived(Credentials):
+    """A token that is good for an hour, and fetched from nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.refreshes = 0
+
+    def refresh(self, request: object) -> None:
+        self.refreshes += 1
+        self.token = f"token-{self.refreshes}"
+        now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)  # as google.auth has it
+        self.expiry = now + datetime.timedelta(hours=1)
+
+
+def test_token_that_expires_under_way_is_refreshed_once(proxy, gcs_bucket, tree):
+    credentials = ShortLived()
+    root = tree({f"{number:03}": "content" for number in range(200)})
+    snapshot = take_snapshot(str(root))
+    stored = 0
+
+    def done(*_: object) -> None:
+        nonlocal stored
+        stored += 1
+        if stored == 60:
+            credentials.expiry -= datetime.timedelta(hours=2)
+
+    with open_store(gcs_bucket, client_for(f"http://{HOST}", credentials)) as store:
+        store.upload(
+            (
+                Upload(str(root / f.path), f.path, f.size, f.mtime_ns, f.crc32c, f.digest)
+                for f in snapshot.records()
+            ),
+            done,
+        )
+    assert stored == 200
+    assert credentials.refreshes == 2
+    tokens = [headers["Authorization"] for _, _, headers in proxy.seen]
+    assert tokens.count("Bearer token-1") >= 60
+    assert tokens.count("Bearer token-2") == 200 - tokens.count("Bearer token-1") > 0
