@@ -135,6 +135,16 @@ def test_final_pods_and_jobs(run_dag, gcs_server, dataset):
     assert base["volumeMounts"] == [mount("/data", subPath="data")]
     assert variables(base)["KERAS_REMOTE_DATA_PATH"] == "/data"
 
+    pod = sent["gke_init"]
+    (init,) = pod["spec"]["initContainers"]
+    assert (init["name"], init["image"]) == ("keras-remote-data", "trainer:1")
+    assert init["command"][-2:] == ["--dest", "/keras-remote/data"]
+    assert json.loads(variables(init)["KERAS_REMOTE_DATA_REF"]) == refs["upload"]
+    assert pod["spec"]["volumes"] == [{"name": "keras-remote-data", "emptyDir": {}}]
+    (base,) = pod["spec"]["containers"]
+    assert base["volumeMounts"] == [mount("/from/ref", subPath="data")]
+    assert variables(base)["KERAS_REMOTE_DATA_PATH"] == "/from/ref"
+
     command, args = _container_command(sent["container"])
     path = f"/gcs/test-bucket/default/data-cache/{file_hash}"
     assert command[:2] == ["env", f"KERAS_REMOTE_DATA_PATH={path}"]

@@ -5,11 +5,12 @@ By the language of a fenced block in README.md and docs/*.md:
     python   executed, the blocks of a page one after the other as one script. A block that begins
              with a comment naming a file is saved there instead; files under tests/ are run by
              pytest. Blocks with @dag are DAG files, and parsed by Airflow, unless they need the
-             Kubernetes provider and it is not installed. (On Airflow 2 an import from airflow.sdk
-             is replaced by the one its comment names.)
+             Kubernetes provider and it is not installed; those that need nothing but a worker are
+             run too, with data and a bucket that are there. (On Airflow 2 an import from
+             airflow.sdk is replaced by the one its comment names.)
     console  run by bash, the blocks of a page in one session. The output shown must be found in
              the command's; "…" stands for anything. `make` runs with --dry-run: the real thing is
-             what .ci/run does.
+             what .ci/run does. For consumers.md there is a dataset, and its ref in REF.
     json     must be JSON.
     shell    not run: needs Google Cloud, or a network to install from.
     text     not run: for reading.
@@ -28,7 +29,7 @@ from contextlib import suppress
 import pytest
 
 import keras_remote_airflow
-from keras_remote_airflow import Data, upload_data
+from keras_remote_airflow import Data, make_data_ref, upload_data
 from keras_remote_airflow.core import errors, transport
 from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey, parse_marker
 
@@ -81,6 +82,17 @@ def project(tmp_path):
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(block.text, encoding="utf-8")
     return tmp_path
+
+
+@pytest.fixture
+def example_data(gcs_server, tmp_path):
+    """A dataset for what a page calls /data/…, and the bucket that it calls my-bucket."""
+    gcs_server.create_bucket("my-bucket")
+    folder = tmp_path / "example"
+    folder.mkdir()
+    (folder / "a.csv").write_text("a")
+    (folder / "b.csv").write_text("b")
+    return str(folder)
 
 
 def _run(command, environment, folder, timeout=240):
@@ -152,8 +164,43 @@ print("result:", json.dumps([bag.import_errors, files]))
     assert {*parsed, *unparsable} == set(map(str, tmp_path.glob("*.py")))
 
 
+@pytest.fixture
+def dag_example(example_data, tmp_path):
+    """`dag_example(page, dag_id)` saves a DAG file of a page, with data that is there."""
+
+    def save(page, dag_id):
+        (block,) = (
+            block
+            for block in read_blocks(REPOSITORY / page)
+            if block.is_dag_file and f"def {dag_id}(" in block.text
+        )
+        text, count = re.subn(r'"(/home/airflow/gcs)?/data/\w+"', repr(example_data), block.text)
+        assert count == 1
+        path = tmp_path / f"{dag_id}.py"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("page", "dag_id"), [("README.md", "train"), ("docs/consumers.md", "train_on_the_worker")]
+)
+def test_dag_examples_for_a_worker_run(page, dag_id, dag_example, run_dag, gcs_server, tmp_path):
+    run = run_dag(dag_example(page, dag_id), dag_id, **gcs_server.env(), TMPDIR=str(tmp_path))
+    assert len(run.states) >= 2
+    assert set(run.states.values()) == {"success"}, run.log
+
+
+def test_the_dag_examples_for_changed_data_run(dag_example, run_scheduler, gcs_server, tmp_path):
+    dag_file = dag_example("docs/airflow.md", "train_on_words")
+    # The one waits for an event that the other one's run adds.
+    runs = run_scheduler(dag_file, "train_on_words", **gcs_server.env(), TMPDIR=str(tmp_path))
+    assert [run.states for run in runs] == [{"train": "success"}], runs[-1].log
+
+
 @_pages_with(lambda block: block.language == "console")
-def test_commands_print_what_the_page_shows(page, environment, project):
+def test_commands_print_what_the_page_shows(page, environment, project, example_data, gcs_server):
     commands = [
         pair
         for block in read_blocks(page)
@@ -165,6 +212,13 @@ def test_commands_print_what_the_page_shows(page, environment, project):
     if page.name == "README.md":
         script, folder = re.sub(r"^make ", "make --dry-run ", script, flags=re.M), REPOSITORY
         commands = [(command, "") for command, _ in commands]
+    if page.name == "consumers.md":
+        ref = make_data_ref(upload_data("my-bucket", example_data), is_dir=True)
+        environment |= gcs_server.env() | {"REF": json.dumps(ref)}
+        script = script.replace("/data/train", str(project / "train"))
+        commands = [
+            (c, shown.replace("/data/train", str(project / "train"))) for c, shown in commands
+        ]
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     status, output = _run(["bash", "-c", script.replace("9023", port)], environment, folder)

@@ -149,6 +149,9 @@ def consumers():
             upload, "/data", image="trainer:1", container={"resources": {"limits": {"cpu": "2"}}}
         ),
     )
+    GKEStartPodOperator(
+        task_id="gke_init", **GKE, **materialize_pod_kwargs(upload, image="trainer:1")
+    )
     if hasattr(vertex, "CreateCustomJobOperator"):  # it came with provider 22
         vertex.CreateCustomJobOperator(
             task_id="job", **VERTEX, **vertex_custom_job_kwargs(upload, CUSTOM_JOB)
