@@ -10,6 +10,8 @@ AIRFLOWS := 2.11 3.1 3.2 3.3
 # Airflow 3.2 itself sets no such bounds; its API does not work with newer ones.
 BOUNDS_3.2 := 'fastapi<0.137' 'svcs<26'
 NEWEST := $(lastword $(AIRFLOWS))
+# What Cloud Composer ships, as far as it is known: see the files in constraints/.
+IMAGES := composer-2.11 composer-3.1
 UV = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv
 # What `uv pip install` is to install.
 TESTED := --editable '.[demo]' --group test --group optional
@@ -19,12 +21,12 @@ BENCHED := --editable . --group bench
 KINETIC := keras-kinetic==0.0.4 google-cloud-storage aiohttp google-crc32c --group test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all $(AIRFLOWS:%=test-%) test-kinetic lint lowest bench constraints $(AIRFLOWS:%=constraints-%) constraints-bench constraints-kinetic clean
+.PHONY: help demo test test-all $(AIRFLOWS:%=test-%) test-composer $(IMAGES:%=test-%) test-kinetic lint lowest bench constraints $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench constraints-kinetic clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help: ## list these targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed ## train three times through Airflow: a miss, a hit, a changed image
 	@$(VENV)/bin/python scripts/demo.py --dir $(DEMO_DIR)
@@ -34,9 +36,11 @@ test: $(VENV)/.installed ## run the whole test suite on the newest Airflow
 
 test-all: $(AIRFLOWS:%=test-%) ## run it on Airflow 2.11, 3.1, 3.2 and 3.3
 
+test-composer: $(IMAGES:%=test-%) ## run it with the versions of Cloud Composer's images
+
 test-$(NEWEST): test
 
-$(patsubst %,test-%,$(filter-out $(NEWEST),$(AIRFLOWS))): test-%: $(VENV)-%/.installed
+$(patsubst %,test-%,$(filter-out $(NEWEST),$(AIRFLOWS)) $(IMAGES)): test-%: $(VENV)-%/.installed
 	@$(VENV)-$*/bin/python -m pytest $(PYTEST_ARGS)
 
 test-kinetic: $(VENV)-kinetic/.installed ## run core's suite beside keras-kinetic, with no Airflow installed
@@ -47,20 +51,24 @@ lint: $(VENV)/.installed ## ruff and mypy
 	@$(VENV)/bin/python -m ruff format --check
 	@$(VENV)/bin/python -m mypy
 
-lowest: $(VENV)/.uv ## run the suite with the lowest versions pyproject.toml allows
-	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-lowest
-	@$(UV) pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct $(TESTED)
+lowest: $(VENV)-lowest/.installed ## run the suite with the lowest versions pyproject.toml allows
 	@$(VENV)-lowest/bin/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)-bench/.installed ## measure against keras-kinetic and others; a quarter of an hour
 	@$(VENV)-bench/bin/python tests/benchmarks/run.py $(BENCH_ARGS)
 
-constraints: $(AIRFLOWS:%=constraints-%) constraints-bench constraints-kinetic ## pin the newest versions again, for every Airflow line
+constraints: $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench constraints-kinetic ## pin the newest versions again, for every Airflow line
 
 $(AIRFLOWS:%=constraints-%): constraints-%: $(VENV)/.uv
 	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-constraints
 	@$(UV) pip install --quiet --upgrade --python $(VENV)-constraints/bin/python 'apache-airflow==$*.*' $(BOUNDS_$*) uv $(EVERYTHING)
 	@$(UV) pip freeze --quiet --python $(VENV)-constraints/bin/python | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints/airflow-$*.txt
+	@rm -rf $(VENV)-constraints
+
+constraints-lowest: $(VENV)/.uv
+	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-constraints
+	@$(UV) pip install --quiet --upgrade --python $(VENV)-constraints/bin/python --resolution lowest-direct $(EVERYTHING)
+	@$(UV) pip freeze --quiet --python $(VENV)-constraints/bin/python | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints/airflow-lowest.txt
 	@rm -rf $(VENV)-constraints
 
 constraints-bench: $(VENV)/.uv
@@ -76,7 +84,7 @@ constraints-kinetic: $(VENV)/.uv
 	@rm -rf $(VENV)-constraints
 
 clean: ## remove the environments, the demo's folder and all caches
-	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-bench $(VENV)-kinetic $(VENV)-constraints $(AIRFLOWS:%=$(VENV)-%) $(DEMO_DIR) .bench
+	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-bench $(VENV)-kinetic $(VENV)-constraints $(AIRFLOWS:%=$(VENV)-%) $(IMAGES:%=$(VENV)-%) $(DEMO_DIR) .bench
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
 # The stamps keep warm runs from asking uv again.
