@@ -49,7 +49,9 @@ def new_airflow_home(
         inherited = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("AIRFLOW", "GOOGLE_", "KERAS_REMOTE_", "STORAGE_EMULATOR"))
+            if not name.startswith(
+                ("AIRFLOW", "GOOGLE_", "KERAS_REMOTE_", "OPENLINEAGE", "STORAGE_EMULATOR")
+            )
         }
         return inherited | {
             "AIRFLOW_HOME": str(home),
