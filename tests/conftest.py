@@ -96,12 +96,14 @@ class FinishedRun:
         states: task id to final state; mapped tasks as "task[0]".
         tries: task id to the number of tries.
         xcoms: task id to {key: value}.
+        rendered: task id to {template field: what it was rendered to, as Airflow shows it}.
         log: everything the process printed.
     """
 
     states: dict[str, str | None]
     tries: dict[str, int]
     xcoms: dict[str, dict[str, Any]]
+    rendered: dict[str, dict[str, Any]]
     log: str
 
 
@@ -281,6 +283,11 @@ def _read_run(db: sqlite3.Connection, dag_id: str, run_id: str, log: str) -> Fin
         "SELECT task_id, map_index, key, value FROM xcom WHERE dag_id = ? AND run_id = ?",
         [dag_id, run_id],
     ).fetchall()
+    fields = db.execute(
+        "SELECT task_id, map_index, rendered_fields FROM rendered_task_instance_fields"
+        " WHERE dag_id = ? AND run_id = ?",
+        [dag_id, run_id],
+    ).fetchall()
     xcoms: dict[str, dict[str, Any]] = {}
     for task_id, map_index, key, value in values:
         xcoms.setdefault(_name(task_id, map_index), {})[key] = _decode(value)
@@ -288,6 +295,7 @@ def _read_run(db: sqlite3.Connection, dag_id: str, run_id: str, log: str) -> Fin
         states={_name(task, index): state for task, index, state, _ in instances},
         tries={_name(task, index): tries for task, index, _, tries in instances},
         xcoms=xcoms,
+        rendered={_name(task, index): _decode(values) for task, index, values in fields},
         log=log,
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from keras_remote_airflow.core.data import Data
+from keras_remote_airflow.core.refs import parse_data_ref
 from keras_remote_airflow.testing import Fault
 
 DAGS = Path(__file__).parent / "dags"
@@ -110,6 +111,12 @@ def test_upload_wait_and_use(airflow_home, run_dag, gcs_server, dataset, late_da
         assert run.xcoms[task]["return_value"] == ref, task
     assert run.xcoms["by_kinetic"]["return_value"] == kinetic
 
+    # What the tab Rendered Template shows.
+    assert run.rendered["miss"]["data"] == str(dataset)
+    assert run.rendered["hit"]["bucket_name"] == "test-bucket"
+    assert shown_ref(run.rendered["poke"]["data_ref"]) == late
+    assert shown_ref(run.rendered["by_repr"]["data_ref"]) == ref
+
     assert run.xcoms["use"]["return_value"] == {"gcs_uri": gcs_uri, "ref": ref, "waited": False}
 
     url = f"https://console.cloud.google.com/storage/browser/{gcs_uri.removeprefix('gs://')}"
@@ -127,6 +134,11 @@ def test_upload_wait_and_use(airflow_home, run_dag, gcs_server, dataset, late_da
     else:
         assert run.xcoms["miss"]["_link_DatasetLink"] == url
         assert run.xcoms["deferred"]["_link_DatasetLink"].endswith(late_hash)
+
+
+def shown_ref(value):
+    """Airflow shows dicts as they are, or as their repr."""
+    return parse_data_ref(value).to_dict()
 
 
 def _without_links(xcoms):
@@ -167,6 +179,25 @@ def test_failures_are_final_where_a_retry_would_not_help(run_dag, gcs_server, da
     assert "pass is_dir=True or is_dir=False" in run.log
     assert "did not appear within 0.5 s" in run.log
     assert not [request for request in gcs_server.requests if request.method == "POST"]
+
+
+@pytest.mark.skipif(
+    not version("apache-airflow").startswith("2."), reason="Airflow 3 has no --dry-run"
+)
+def test_the_dry_run_of_a_task_says_what_would_be_sent(airflow_home, gcs_server, dataset):
+    folder = {"AIRFLOW__CORE__DAGS_FOLDER": str(DAGS), "TEST_DATA": str(dataset)}
+    done = subprocess.run(
+        [*(sys.executable, "-m", "airflow", "tasks", "test", "--dry-run", "reports", "miss")],
+        env=airflow_home | gcs_server.env() | folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    content_hash = Data(str(dataset)).content_hash()
+    said = f"data-cache/{content_hash}, 2 files (2 B), would upload 2 (2 B)"
+    assert said in done.stdout + done.stderr, done
+    assert gcs_server.objects("test-bucket") == {}
 
 
 def test_sigterm_stops_the_upload_and_a_retry_completes_it(run_dag, gcs_server, dataset, tmp_path):
