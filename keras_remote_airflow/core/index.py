@@ -33,7 +33,9 @@ import sys
 import tempfile
 import time
 from array import array
+from collections.abc import Iterator
 from contextlib import suppress
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import google_crc32c
@@ -53,6 +55,8 @@ _PREAMBLE = struct.Struct("<8sII")
 # A file is recorded only if it was last modified this long before it was hashed: FAT keeps times
 # to 2 s, ext3 to 1 s, most others to a few milliseconds.
 _GRANULARITY_NS = 2_000_000_000
+# Read and written at a time, in bytes: a whole number of rows of any column.
+_PIECE = 1 << 20
 _NUMBERS = "QqqqQQ"  # end of name, size, mtime_ns, ctime_ns, inode, device
 
 
@@ -96,28 +100,58 @@ class _Table:
         ends = self.numbers[0]
         return bytes(self.names[ends[index - 1] if index else 0 : ends[index]])
 
-    def to_bytes(self) -> bytes:
-        columns = [*self.numbers, self.crcs]
-        if sys.byteorder == "big":
-            columns = [array(column.typecode, column) for column in columns]
-            for column in columns:
-                column.byteswap()
-        return b"".join([*(column.tobytes() for column in columns), self.digests, self.names])
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the section, some at a time: at a million files it is more than 100 MB."""
+        for column in (*self.numbers, self.crcs):
+            step = _PIECE // column.itemsize
+            for start in range(0, len(column), step):
+                rows = column[start : start + step]
+                if sys.byteorder == "big":
+                    rows.byteswap()
+                yield rows.tobytes()
+        for text in (self.digests, self.names):
+            for start in range(0, len(text), _PIECE):
+                yield bytes(text[start : start + _PIECE])
+
+    def section(self, root: str) -> dict[str, Any]:
+        """Return what the header says of it."""
+        crc32c = length = 0
+        for piece in self.pieces():
+            crc32c = google_crc32c.extend(crc32c, piece)
+            length += len(piece)
+        return {
+            "root": root,
+            "files": len(self),
+            "names": len(self.names),
+            "length": length,
+            "crc32c": crc32c,
+        }
 
     @classmethod
-    def from_bytes(cls, content: bytes, files: int, name_bytes: int) -> "_Table":
+    def read(cls, file: BinaryIO, section: dict[str, Any]) -> "_Table":
         table = cls()
-        at = 0
+        crc32c = 0
+        files = section["files"]
+        widths = [*(column.itemsize for column in table.numbers), table.crcs.itemsize, 32]
+        if section["length"] != files * sum(widths) + section["names"]:
+            raise ValueError("its sections are not of the length they should have")
+
+        def read(size: int) -> Iterator[bytes]:
+            nonlocal crc32c
+            for piece in _pieces(file, size):
+                crc32c = google_crc32c.extend(crc32c, piece)
+                yield piece
+
         for column in (*table.numbers, table.crcs):
-            size = files * column.itemsize
-            column.frombytes(content[at : at + size])
+            for piece in read(files * column.itemsize):
+                column.frombytes(piece)
             if sys.byteorder == "big":
                 column.byteswap()
-            at += size
-        table.digests += content[at : at + 32 * files]
-        table.names += content[at + 32 * files :]
-        if len(table.digests) != 32 * files or len(table.names) != name_bytes:
-            raise ValueError("its sections are not of the length they should have")
+        for text, size in ((table.digests, 32 * files), (table.names, section["names"])):
+            for piece in read(size):
+                text += piece
+        if crc32c != section["crc32c"]:
+            raise ValueError("a section does not agree with its CRC32C")
         return table
 
 
@@ -139,7 +173,6 @@ class HashIndex:
             )
         self._may_replace = True
         self._known = self._load()
-        self._positions: dict[bytes, int] | None = None
         self._next = 0
         self._found = 0
         # Where each file asked for stands: in what is known or, as -1 - position, in the others.
@@ -151,8 +184,8 @@ class HashIndex:
         """Return digest and CRC32C of a file if it is unchanged, and note its state for `save`.
 
         Args:
-            name: path relative to the root, UTF-8. Asked in the order of the content hash, every
-                answer costs a comparison or two; in any other order, a look-up.
+            name: path relative to the root, UTF-8. Ask in the order of the content hash: what comes
+                before the last one asked for is not found any more.
             state: what the file system says of the file now.
         """
         index = self._find(name)
@@ -168,14 +201,15 @@ class HashIndex:
         return bytes(self._known.digests[32 * index : 32 * index + 32]), self._known.crcs[index]
 
     def _find(self, name: bytes) -> int | None:
-        index: int | None = self._next
-        if self._next >= len(self._known) or self._known.name(self._next) != name:
-            if self._positions is None:
-                self._positions = {self._known.name(i): i for i in range(len(self._known))}
-            index = self._positions.get(name)
-        if index is not None:
-            self._next = index + 1
-        return index
+        while self._next < len(self._known):
+            known = self._known.name(self._next)
+            if known == name:
+                self._next += 1
+                return self._next - 1
+            if _order(known) > _order(name):
+                return None
+            self._next += 1  # a file that is gone
+        return None
 
     def _is_as_known(self, index: int, state: os.stat_result) -> bool:
         _, sizes, mtimes, ctimes, inodes, devices = self._known.numbers
@@ -194,6 +228,7 @@ class HashIndex:
         table = _Table()
         settled = self._started_ns - _GRANULARITY_NS
         _, _, _, *known = self._known.numbers
+        self._known = _Table()  # of a million files, the rest of it is 85 MB
         for file, row in zip(snapshot.records(), self._rows, strict=True):
             columns, at = (known, row) if row >= 0 else (self._others, -1 - row)
             ctime, inode, device = (column[at] for column in columns)
@@ -204,7 +239,7 @@ class HashIndex:
             self._replace(table)
         except BlockingIOError:
             _log.warning("Hash index %s is locked by another process: not updated", self._path)
-        except OSError as exc:
+        except (OSError, ValueError) as exc:
             _log.warning("Hash index %s could not be written: %s", self._path, exc)
 
     def _load(self) -> _Table:
@@ -214,10 +249,7 @@ class HashIndex:
                     if section["root"] != self._root:
                         file.seek(section["length"], os.SEEK_CUR)
                         continue
-                    content = file.read(section["length"])
-                    if google_crc32c.value(content) != section["crc32c"]:
-                        raise ValueError("a section does not agree with its CRC32C")
-                    return _Table.from_bytes(content, section["files"], section["names"])
+                    return _Table.read(file, section)
         except FileNotFoundError:
             pass
         except _UNREADABLE as exc:
@@ -229,47 +261,69 @@ class HashIndex:
         """Put the table into the file, beside the sections of roots that still exist."""
         folder = os.path.dirname(self._path)
         os.makedirs(folder, exist_ok=True)
-        with open(self._path + ".lock", "ab") as lock:
+        with open(self._path + ".lock", "ab") as lock, _open_or_nothing(self._path) as old:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            contents = self._other_sections()
-            content = table.to_bytes()
-            section = {
-                "root": self._root,
-                "files": len(table),
-                "names": len(table.names),
-                "length": len(content),
-                "crc32c": google_crc32c.value(content),
-            }
-            contents.append((section, content))
-            header = json.dumps({"sections": [section for section, _ in contents]}).encode()
+            kept = self._other_sections(old)
+            sections = [*(section for section, _ in kept), table.section(self._root)]
+            header = json.dumps({"sections": sections}).encode()
             descriptor, partial = tempfile.mkstemp(dir=folder, prefix=".hash-index-")
             try:
                 with open(descriptor, "wb") as file:
                     file.write(_PREAMBLE.pack(_MAGIC, _FORMAT_VERSION, len(header)))
                     file.write(header)
-                    file.writelines(content for _, content in contents)
+                    for section, start in kept:
+                        old.seek(start)
+                        file.writelines(_pieces(old, section["length"]))
+                    file.writelines(table.pieces())
                 os.replace(partial, self._path)
             except BaseException:
                 os.unlink(partial)
                 raise
 
-    def _other_sections(self) -> list[tuple[dict[str, Any], bytes]]:
+    def _other_sections(self, file: BinaryIO) -> list[tuple[dict[str, Any], int]]:
+        """Return the sections to keep, and where they begin."""
+        kept = []
         with suppress(*_UNREADABLE):
-            with open(self._path, "rb") as file:
-                sections = [
-                    (section, file.read(section["length"])) for section in _read_header(file)
-                ]
-            return [
-                (section, content)
-                for section, content in sections
-                if section["root"] != self._root and os.path.exists(section["root"])
-            ]
-        return []
+            sections = _read_header(file)
+            start = file.tell()
+            end = file.seek(0, os.SEEK_END)
+            for section in sections:
+                begin, start = start, start + section["length"]
+                if (
+                    section["root"] != self._root
+                    and os.path.exists(section["root"])
+                    and start <= end
+                ):
+                    kept.append((section, begin))
+        return kept
 
 
 def default_index() -> str | None:
     """Return the index file that the environment's `KERAS_REMOTE_HASH_INDEX` names, or None."""
     return os.environ.get(_ENVIRONMENT_VARIABLE) or None
+
+
+def _open_or_nothing(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError:
+        return BytesIO()
+
+
+def _order(name: bytes) -> list[tuple[bool, bytes]]:
+    """Return what sorts names as the content hash does: a folder's files, then its subfolders."""
+    *folders, file = name.split(b"/")
+    return [*((True, folder) for folder in folders), (False, file)]
+
+
+def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """Yield the next `size` bytes of a file, some at a time."""
+    while size > 0:
+        piece = file.read(min(_PIECE, size))
+        if not piece:
+            raise ValueError("it is cut short")
+        size -= len(piece)
+        yield piece
 
 
 def _read_header(file: BinaryIO) -> list[dict[str, Any]]:

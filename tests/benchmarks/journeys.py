@@ -22,7 +22,7 @@ PAIR = ("kinetic", "ours")
 # Steps that only prepare the next.
 UNREPORTED = frozenset({"index"})
 # Steps that need `upload_data(hash_index=)`.
-WITH_INDEX = frozenset({"index", "unchanged"})
+WITH_INDEX = frozenset({"index", "unchanged", "plan+index"})
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ JOURNEYS = (
     Journey("W", ("hash",), corpus="W", repeat=3),
     Journey("N10k", ("plan",), ("ours",), "N10k", repeat=3),
     Journey("N100k", ("plan",), ("ours",), "N100k", repeat=2),
-    Journey("N1M", ("plan",), ("ours",), "N1M"),
+    Journey("N1M", ("plan", "plan+index"), ("ours",), "N1M"),
     Journey("W", ("upload", *_SECOND_RUNS, "materialize"), EVERYBODY, "W"),
     Journey("S", ("upload", *_SECOND_RUNS, "materialize"), EVERYBODY, "S", _SLOW),
     Journey("S+30ms", ("upload",), EVERYBODY, "S5000", _SLOWER, latency_ms=30),
@@ -132,6 +132,7 @@ TARGETS = (
     _ratio("download, ours verified", "materialize/M", 1),
     _at_most("peak memory", "upload/L", "peak", 150, "MiB", _MIB),
     _at_most("peak memory, a million files", "plan/N1M", "peak", 500, "MiB", _MIB),
+    _at_most("the same with a hash index", "plan+index/N1M", "peak", 500, "MiB", _MIB),
     Target("time per file, 100,000 against 10,000 files", _growth, 1.15, False, "x"),
     _at_most("importing the package", "package/import", "median", 60, "ms", 1000),
     _at_most(

@@ -5,13 +5,15 @@ import logging
 import multiprocessing
 import os
 import re
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from keras_remote_airflow.core.data import Data
 from keras_remote_airflow.core.errors import InvalidInputError
-from keras_remote_airflow.core.hashing import take_snapshot
+from keras_remote_airflow.core.hashing import FileRecord, take_snapshot
 from keras_remote_airflow.core.index import HashIndex
 
 LONG_AGO = 1_600_000_000
@@ -63,6 +65,63 @@ def test_unchanged_files_are_not_opened_again(tree, index, monkeypatch):
     assert not set(opened) & {"a", "c", "d", "é"}
     assert again.content_hash == plain.content_hash
     assert list(again.records()) == list(plain.records())
+
+
+def test_only_what_is_new_is_read_wherever_it_is_and_whatever_is_gone(tmp_path, index, monkeypatch):
+    _settle(monkeypatch)
+    root = tmp_path / "data"
+    old = ["B", "a", "a-/m", "a.txt", "a/k", "a/k.d/p", "a/l/q", "z", "é/f", "😀"]
+    gone = ["c", "a/0", "a/l/z", "b/whole/folder", "zz"]
+    for name in [*old, *gone]:
+        _write(root / name.replace("a/", "a.d/"), name.encode())
+    take_snapshot(str(root), index)
+    for name in gone:
+        (root / name.replace("a/", "a.d/")).unlink()
+    new = ["0new", "a-/new1", "a.d/new2", "a.d/l/new3", "b/new4", "new5", "é/new6", "\uffee"]
+    for name in new:
+        _write(root / name, b"new")
+    opened = _reads(monkeypatch)
+    take_snapshot(str(root), index)
+    files = {os.path.basename(name) for name in [*old, *new]}
+    assert {name for name in opened if name in files} == {os.path.basename(n) for n in new}
+
+
+class Many(list[FileRecord]):
+    """As much of a snapshot as the index looks at."""
+
+    def records(self) -> Iterator[FileRecord]:
+        return iter(self)
+
+
+def _peak(index: str, root: str, snapshot: Many, state: os.stat_result) -> int:
+    """Return how many bytes it takes to look up and record a snapshot."""
+    names = [file.path.encode() for file in snapshot]
+    tracemalloc.start()
+    table = HashIndex(index, root)
+    for name in names:
+        table.get(name, state)
+    table.save(snapshot)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_is_bounded_with_a_new_file_and_with_other_roots_beside(
+    tmp_path, index, monkeypatch
+):
+    _settle(monkeypatch)
+    state = os.stat(__file__)
+    file = FileRecord("", state.st_size, 1, bytes(32), state.st_mtime_ns)
+    many = 30_000
+    snapshot = Many(file._replace(path=f"{i:020}") for i in range(1, many))
+    for number in range(4):
+        (tmp_path / f"root{number}").mkdir()
+        _peak(index, str(tmp_path / f"root{number}"), snapshot, state)
+    snapshot.insert(0, file._replace(path=f"{0:020}"))
+    # A row takes 112 bytes and its name; it is there twice, what was known and what is.
+    assert _peak(index, str(tmp_path / "root1"), snapshot, state) < 250 * many + (5 << 20)
+    assert len(HashIndex(index, str(tmp_path / "root1"))._known) == many
+    assert len(HashIndex(index, str(tmp_path / "root3"))._known) == many - 1
 
 
 def test_the_environment_can_name_the_index(tree, index, monkeypatch):
