@@ -243,16 +243,17 @@ def upload(
         round(time.monotonic() - started, 3),
         found.published_at if found else None,
     )
+    # Airflow cuts long lines off: what is the same every day, the long URI, goes last.
     _log.info(
-        "%s: %s, %d files (%s), %s %d (%s) in %.1f s",
-        "Cache hit" if found else "Dry run" if dry_run else "Uploaded",
-        result.gcs_uri,
-        result.files,
-        format_bytes(result.bytes),
+        "Cache %s, %s %d of %d files (%s of %s) in %.1f s: %s",
+        "hit" if found else "miss",
         "would upload" if dry_run else "uploaded",
         result.uploaded_files,
+        result.files,
         format_bytes(result.uploaded_bytes),
+        format_bytes(result.bytes),
         result.seconds,
+        result.gcs_uri,
     )
     return result
 
@@ -339,7 +340,7 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: "Snapshot", sent: Progr
         sent: counts the files and bytes that were sent.
     """
     missing = _missing_from_anywhere(store, key, snapshot)
-    _log.info("Uploading %d of %d files to %s", len(missing), len(snapshot), key.gcs_uri)
+    _log.info("Uploading %d of %d files: %s", len(missing), len(snapshot), key.gcs_uri)
     with sent:
         _send(store, key, snapshot, missing, sent)
     receipt = Receipt.now(

@@ -274,12 +274,12 @@ def _fetch(source: _RefData, folder: str, final: str) -> str:
             os.chmod(partial, _mode_for(final))
         _rename(whole, final)
     _log.info(
-        "Materialized %s at %s: %d files (%s) in %.1f s",
-        source.ref.gcs_uri,
-        final,
+        "Materialized %d files (%s) in %.1f s at %s: %s",
         progress.files,
         format_bytes(progress.bytes),
         progress.seconds,
+        final,
+        source.ref.gcs_uri,
     )
     return final
 
