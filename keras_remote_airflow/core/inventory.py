@@ -21,6 +21,33 @@ def data_objects(objects: Iterable[ObjectInfo], prefix: str) -> Iterator[tuple[b
             yield relative.encode(), info
 
 
+def matches(
+    snapshot: "Snapshot",
+    objects: Iterable[tuple[bytes, ObjectInfo]],
+    bound: bytes | None = None,
+) -> Iterator[tuple[int | None, ObjectInfo | None]]:
+    """Yield each file's index with the object of its name, in the byte order of the names.
+
+    A file without an object comes with None, and so does an object without a file. Parameters are
+    those of `differences`.
+    """
+    wanted = (i for i in range(len(snapshot)) if bound is None or snapshot.name(i) <= bound)
+    files = iter(sorted(wanted, key=snapshot.name))
+    index = next(files, None)
+    for path, info in objects:
+        while index is not None and snapshot.name(index) < path:
+            yield index, None
+            index = next(files, None)
+        if index is None or snapshot.name(index) != path:
+            yield None, info
+            continue
+        yield index, info
+        index = next(files, None)
+    while index is not None:
+        yield index, None
+        index = next(files, None)
+
+
 def differences(
     snapshot: "Snapshot",
     objects: Iterable[tuple[bytes, ObjectInfo]],
@@ -37,20 +64,9 @@ def differences(
         `(index, None)` for a file without an object, `(index, object)` for one whose object has
         another size or CRC32C, `(None, object)` for an object without a file.
     """
-    wanted = (i for i in range(len(snapshot)) if bound is None or snapshot.name(i) <= bound)
-    files = iter(sorted(wanted, key=snapshot.name))
-    index = next(files, None)
-    for path, info in objects:
-        while index is not None and snapshot.name(index) < path:
-            yield index, None
-            index = next(files, None)
-        if index is None or snapshot.name(index) != path:
-            yield None, info
-            continue
-        file = snapshot.record(index)
-        if (file.size, file.crc32c) != (info.size, info.crc32c):
-            yield index, info
-        index = next(files, None)
-    while index is not None:
-        yield index, None
-        index = next(files, None)
+    for index, info in matches(snapshot, objects, bound):
+        if index is not None and info is not None:
+            file = snapshot.record(index)
+            if (file.size, file.crc32c) == (info.size, info.crc32c):
+                continue
+        yield index, info

@@ -28,7 +28,7 @@ from keras_remote_airflow.core.errors import (
     InvalidInputError,
     KerasRemoteError,
 )
-from keras_remote_airflow.core.inventory import data_objects, differences
+from keras_remote_airflow.core.inventory import data_objects, differences, matches
 from keras_remote_airflow.core.layout import (
     CacheKey,
     Receipt,
@@ -193,16 +193,20 @@ class _RefData:
 
     def _unlike_uploaded(self, snapshot: "Snapshot") -> list[str]:
         """Name files that differ from the digest which their uploader attached."""
-        attached = {path: info.digest for path, info in self.objects()}
-        expected = any(attached.values())  # other clients attach none
-        faults = []
-        for file in snapshot.records():
-            digest = attached.get(file.path.encode())
-            if digest is None and expected:
-                faults.append(f"{file.path} was added or replaced by something else")
-            elif digest not in (None, file.digest.hex()):
-                faults.append(f"{file.path} is not the file that was hashed")
-        return faults
+        foreign: list[str] = []
+        changed: list[str] = []
+        expected = False  # other clients attach none
+        for index, info in matches(snapshot, self.objects()):
+            expected = expected or bool(info and info.digest)
+            if index is None or info is None:
+                continue  # `differences` has named it
+            file = snapshot.record(index)
+            if info.digest is None:
+                if len(foreign) < _SHOWN:
+                    foreign.append(f"{file.path} was added or replaced by something else")
+            elif info.digest != file.digest.hex() and len(changed) < _SHOWN:
+                changed.append(f"{file.path} is not the file that was hashed")
+        return foreign + changed if expected else changed
 
     def receipt(self) -> Receipt | None:
         """Return what the uploader noted, or None if there is no note."""

@@ -4,17 +4,21 @@ import json
 import os
 import stat
 import tempfile
+import tracemalloc
 
 import pytest
 
 from keras_remote_airflow import make_data_ref, materialize
 from keras_remote_airflow.core.cache import upload
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, StoreError
-from keras_remote_airflow.core.layout import get_layout
-from keras_remote_airflow.core.materialize import partial_name
+from keras_remote_airflow.core.hashing import take_snapshot
+from keras_remote_airflow.core.layout import CacheKey, get_layout
+from keras_remote_airflow.core.materialize import _RefData, partial_name
+from keras_remote_airflow.core.objects import Page, list_objects
 from keras_remote_airflow.core.refs import DataRef
 
 from .conftest import on_disk, writes
+from .memory_store import MemoryStore
 
 FILES = {"train.csv": "t", "sub/eval.csv": "e", "sub/deeper/é.bin": "b" * 300_000}
 WANTED = {name: content.encode() for name, content in FILES.items()}
@@ -447,3 +451,65 @@ def test_index_of_the_environment_does_not_spare_verification(directory, tmp_pat
     monkeypatch.setenv("KERAS_REMOTE_HASH_INDEX", str(tmp_path / "index"))
     materialize(directory, str(tmp_path / "out"))
     assert not (tmp_path / "index").exists()
+
+
+def stored_as(snapshot, digests):
+    """Return a store that holds a snapshot's files under another hash, with these digests."""
+    key = CacheKey("memory-bucket", "default", "0" * 64, get_layout("keras_remote"))
+    store = MemoryStore()
+    for file in snapshot.records():
+        with open(snapshot.local_path(file.path), "rb") as local:
+            content = local.read()
+        digest = digests.get(file.path, file.digest.hex())
+        store.replace(key.object_name(file.path), content, digest)
+    return _RefData(store, DataRef(key.gcs_uri, True), key)
+
+
+@pytest.mark.parametrize(
+    ("digests", "expected"),
+    [
+        ({"sub/eval.csv": "ab" * 32}, "sub/eval.csv is not the file that was hashed; "),
+        ({"train.csv": None}, "train.csv was added or replaced by something else; "),
+        (
+            {"sub/eval.csv": "ab" * 32, "train.csv": None},
+            "train.csv was added or replaced by something else; "
+            "sub/eval.csv is not the file that was hashed; ",
+        ),
+        (dict.fromkeys(FILES), ""),  # other clients attach none
+    ],
+    ids=["replaced", "added", "both", "another client"],
+)
+def test_file_that_its_uploader_did_not_hash_is_named(tree, digests, expected):
+    snapshot = take_snapshot(str(tree(FILES)))
+    problem = stored_as(snapshot, digests).problem(snapshot)
+    assert problem == f"{expected}its content hash is {snapshot.content_hash}"
+
+
+class Listing(MemoryStore):
+    """Shows the objects of another store, each new in memory as those from the network are."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._shown = list(list_objects(store, ""))
+
+    def read(self, name):
+        return None
+
+    def list_page(self, prefix, token=None):
+        start = int(token or 0)
+        page = [
+            o._replace(digest=f"{i:064x}") for i, o in enumerate(self._shown[start : start + 100])
+        ]
+        return Page(page, str(start + 100) if start + 100 < len(self._shown) else None)
+
+
+def test_finding_what_is_wrong_takes_little_memory_however_many_objects_there_are(tree):
+    many = 3000
+    snapshot = take_snapshot(str(tree({f"{number:04}": "x" for number in range(many)})))
+    stored = stored_as(snapshot, {})
+    source = _RefData(Listing(stored.store), stored.ref, stored.key)
+    tracemalloc.start()
+    problem = source.problem(snapshot)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert problem.count("is not the file that was hashed") == 5
+    assert peak < 150 * many
