@@ -136,11 +136,17 @@ def _make_bar(activity: str) -> Any:
         return None
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
-    except ImportError:
+
+        return tqdm(
+            desc=activity,
+            unit="B",
+            unit_scale=True,
+            dynamic_ncols=True,
+            delay=_BAR_DELAY,
+            miniters=0,
+        )
+    except (ImportError, KeyError):  # KeyError: old ones know no delay
         return None
-    return tqdm(
-        desc=activity, unit="B", unit_scale=True, dynamic_ncols=True, delay=_BAR_DELAY, miniters=0
-    )
 
 
 def format_bytes(count: float) -> str:
