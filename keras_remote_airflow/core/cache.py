@@ -27,6 +27,7 @@ from keras_remote_airflow.core.layout import (
     get_layout,
     parse_marker,
     split_gcs_uri,
+    suspects,
 )
 from keras_remote_airflow.core.objects import (
     ObjectStore,
@@ -420,7 +421,7 @@ def _check_verify(verify: str) -> None:
 
 
 def _check_names(snapshot: "Snapshot", key: CacheKey) -> None:
-    for name in snapshot.names():
+    for name in suspects(snapshot.names(), key.prefix):
         check_relative_path(name, key.prefix)
         if name == RESERVED_NAME.encode():
             raise InvalidInputError(

@@ -116,7 +116,10 @@ class Snapshot:
 
     def names(self) -> Iterator[bytes]:
         """Yield every relative path in UTF-8, in the order of the content hash."""
-        return map(self.name, range(len(self)))
+        start = 0
+        for end in self._name_ends:
+            yield bytes(self._names[start:end])
+            start = end
 
     def record(self, index: int) -> FileRecord:
         """Return file `index`, in the order of the content hash."""
@@ -153,6 +156,16 @@ class Snapshot:
         self._mtimes[index] = mtime_ns
         self._digests[32 * index : 32 * index + 32] = digest
         self._crcs[index] = crc32c
+
+    def _fill_all(
+        self, first: int, states: list[os.stat_result], crcs: "array[int]", digests: bytes
+    ) -> None:
+        """Note what the files from `first` on were found to be."""
+        end = first + len(states)
+        self._sizes[first:end] = array("Q", [state.st_size for state in states])
+        self._mtimes[first:end] = array("q", [state.st_mtime_ns for state in states])
+        self._crcs[first:end] = crcs
+        self._digests[32 * first : 32 * end] = digests
 
     def _finish(self) -> None:
         self.total_bytes = sum(self._sizes)
@@ -232,17 +245,29 @@ class _Files(NamedTuple):
         return os.path.join(self.folder, self.names[position])
 
 
-def _unknown(files: _Files, snapshot: Snapshot, index: HashIndex) -> list[int]:
+def _unknown(files: _Files, snapshot: Snapshot, index: HashIndex) -> Sequence[int]:
     """Fill in the files that the index knows; return the positions of the others."""
+    states = _states(files)
+    if known := index.get_all(files.paths, states):
+        snapshot._fill_all(files.first, states, *known)
+        return ()
     unknown = []
-    for position, path in enumerate(files.paths):
-        state = _stat(files.local_path(position))
-        known = index.get(path, state)
-        if known:
-            snapshot._fill(files.first + position, state.st_size, state.st_mtime_ns, *known)
+    for position, (path, state) in enumerate(zip(files.paths, states, strict=True)):
+        if found := index.get(path, state):
+            snapshot._fill(files.first + position, state.st_size, state.st_mtime_ns, *found)
         else:
             unknown.append(position)
     return unknown
+
+
+def _states(files: _Files) -> list[os.stat_result]:
+    folder = _open(files.folder, _FOLDER_FLAGS)
+    try:
+        return [os.stat(name, dir_fd=folder) for name in files.names]
+    except _INACCESSIBLE as exc:
+        raise _inaccessible(os.path.join(files.folder, exc.filename), exc) from exc
+    finally:
+        os.close(folder)
 
 
 class _Hasher:
@@ -400,13 +425,6 @@ def _open(path: str, flags: int) -> int:
     try:
         return os.open(path, flags)
     except _INACCESSIBLE as exc:
-        raise _inaccessible(path, exc) from exc
-
-
-def _stat(path: str) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as exc:
         raise _inaccessible(path, exc) from exc
 
 

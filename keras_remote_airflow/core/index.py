@@ -36,6 +36,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from io import BytesIO
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import google_crc32c
@@ -96,9 +97,12 @@ class _Table:
         self.crcs.append(crc32c)
         self.digests += digest
 
+    def end(self, index: int) -> int:
+        """Return where the name of file `index` ends; of -1, where the first begins."""
+        return self.numbers[0][index] if index >= 0 else 0
+
     def name(self, index: int) -> bytes:
-        ends = self.numbers[0]
-        return bytes(self.names[ends[index - 1] if index else 0 : ends[index]])
+        return bytes(self.names[self.end(index - 1) : self.end(index)])
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the section, some at a time: at a million files it is more than 100 MB."""
@@ -179,6 +183,29 @@ class HashIndex:
         self._rows = array("q")
         self._others = array("q"), array("Q"), array("Q")  # ctime_ns, inode, device
         self._started_ns = time.time_ns()
+
+    def get_all(
+        self, names: list[bytes], states: list[os.stat_result]
+    ) -> tuple["array[int]", bytes] | None:
+        """Return CRC32Cs and digests of files if they are what comes next, all of them unchanged.
+
+        As `get` for each of them, but at a fraction of the cost; and if the answer is None, they
+        are to be asked for one by one.
+        """
+        start, end = self._next, self._next + len(names)
+        known = self._known
+        here = ((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev) for s in states)
+        ends = accumulate(map(len, names), initial=known.end(start - 1))
+        columns = [islice(ends, 1, None), *zip(*here, strict=True)]
+        for column, numbers in zip(known.numbers, columns, strict=True):
+            if column[start:end] != array(column.typecode, numbers):
+                return None
+        if known.names[known.end(start - 1) : known.end(end - 1)] != b"".join(names):
+            return None
+        self._next = end
+        self._found += len(names)
+        self._rows.extend(range(start, end))
+        return known.crcs[start:end], bytes(known.digests[32 * start : 32 * end])
 
     def get(self, name: bytes, state: os.stat_result) -> tuple[bytes, int] | None:
         """Return digest and CRC32C of a file if it is unchanged, and note its state for `save`.

@@ -31,7 +31,8 @@ def matches(
     A file without an object comes with None, and so does an object without a file. Parameters are
     those of `differences`.
     """
-    wanted = (i for i in range(len(snapshot)) if bound is None or snapshot.name(i) <= bound)
+    names = enumerate(snapshot.names())
+    wanted = (index for index, name in names if bound is None or name <= bound)
     files = iter(sorted(wanted, key=snapshot.name))
     index = next(files, None)
     for path, info in objects:

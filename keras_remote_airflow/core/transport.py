@@ -24,6 +24,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -221,7 +222,7 @@ class Transport:
             total=None, sock_connect=30, sock_read=self.policy.stall_timeout
         )
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=_tls()),
+            connector=aiohttp.TCPConnector(limit=0, ssl=_tls(self.endpoint, self._proxy)),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=timeout,
             auto_decompress=False,
@@ -533,14 +534,19 @@ def _proxy(url: str) -> str | None:
     return proxy
 
 
-def _tls() -> ssl.SSLContext | Literal[True]:
-    """Return what to trust: the system's authorities, and those of the requests library's setting.
+def _tls(*urls: str | None) -> ssl.SSLContext | Literal[True]:
+    """Return what to trust at `urls`: the system's authorities, and those that requests trusts.
 
     So that a proxy that inspects traffic is trusted here as it is when tokens are fetched.
     """
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-    if not bundle:
+    if not bundle or not any(url and url.startswith("https://") for url in urls):
         return True
+    return _trusting(bundle)
+
+
+@lru_cache(1)  # reading the certificates takes longer than a look into the cache
+def _trusting(bundle: str) -> ssl.SSLContext:
     context = ssl.create_default_context()
     try:
         if os.path.isdir(bundle):

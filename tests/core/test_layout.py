@@ -1,11 +1,17 @@
 """Every object name is spelled here, and every name that cannot be one is refused here."""
 
+from contextlib import suppress
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keras_remote_airflow.core.errors import InvalidInputError, MarkerError
 from keras_remote_airflow.core.layout import (
     KERAS_REMOTE,
     KINETIC,
+    MAX_OBJECT_NAME_BYTES,
+    RESERVED_NAME,
     CacheKey,
     Receipt,
     cache_key_from_uri,
@@ -16,6 +22,7 @@ from keras_remote_airflow.core.layout import (
     get_layout,
     parse_marker,
     split_gcs_uri,
+    suspects,
 )
 
 HASH = "0123456789abcdef" * 4
@@ -283,3 +290,21 @@ def test_garbage_marker_is_an_error_that_names_it_and_stays_short(body):
 def test_marker_of_a_newer_format_tells_both_versions():
     with pytest.raises(MarkerError, match=r"format_version 2.*up to 1"):
         parse_marker(b'{"format_version": 2}', KEY)
+
+
+@given(st.lists(st.text(" .:/\\\0\r\na\u00e9", max_size=4), max_size=6))
+def test_whatever_may_be_refused_is_suspect(paths):
+    names = [path.encode() for path in paths]
+    suspect = set(suspects(names, KEY.prefix))
+    for name in names:
+        with suppress(InvalidInputError):
+            check_relative_path(name, KEY.prefix)
+            continue
+        assert name in suspect
+
+
+def test_names_that_are_too_long_or_begin_with_a_dot_are_suspect_and_others_are_not():
+    plain = [b"a/b.csv", b"c d", "\u00e9".encode()]
+    assert list(suspects(plain, KEY.prefix)) == []
+    for name in (b"x" * MAX_OBJECT_NAME_BYTES, RESERVED_NAME.encode(), b"a/.b"):
+        assert name in list(suspects([*plain, name], KEY.prefix))
