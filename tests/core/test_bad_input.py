@@ -172,7 +172,8 @@ import os, sys
 from google.cloud import storage
 from keras_remote_airflow.core.cache import upload
 from keras_remote_airflow.core.errors import InvalidInputError
-if os.getuid() == 0:
+import keras_remote_airflow.core.hashing, keras_remote_airflow.core.store
+if os.getuid() == 0:  # after which Python's own files may be out of reach
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
