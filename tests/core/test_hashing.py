@@ -100,10 +100,15 @@ def test_files_of_every_size_hash_like_the_reference(tree):
         assert file.digest == reference.file_digest(file.path, content), file.path
 
 
-def test_a_single_large_file_hashes_like_the_reference(tmp_path):
+@pytest.mark.parametrize("huge", [1 << 20, 64 << 20], ids=["read ahead", "not"])
+def test_a_single_large_file_hashes_like_the_reference(tmp_path, monkeypatch, huge):
+    monkeypatch.setattr("keras_remote_airflow.core.hashing._HUGE", huge)
     path = tmp_path / "weights.bin"
-    path.write_bytes(os.urandom(5 * 1024 * 1024 + 13))
-    assert take_snapshot(str(path)).content_hash == reference.content_hash(str(path))
+    content = os.urandom(5 * 1024 * 1024 + 13)
+    path.write_bytes(content)
+    snapshot = take_snapshot(str(path))
+    assert snapshot.content_hash == reference.content_hash(str(path))
+    assert snapshot.record(0).crc32c == google_crc32c.value(content)
 
 
 def test_snapshot_lists_the_files_in_the_order_of_the_hash(tree):
