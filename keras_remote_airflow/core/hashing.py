@@ -36,7 +36,6 @@ from keras_remote_airflow.core.errors import (
     DataChangedError,
     DataNotFoundError,
     InvalidInputError,
-    KerasRemoteError,
 )
 from keras_remote_airflow.core.index import HashIndex
 from keras_remote_airflow.core.progress import Progress
@@ -65,7 +64,8 @@ _SLICE = 10_000  # files of one folder that are listed together
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 # Files are opened by their name in an open folder: the system need not walk down the whole path.
 _FOLDER_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_INACCESSIBLE = (FileNotFoundError, NotADirectoryError, PermissionError)
+# What opening a file says that is gone, or that something else has taken the place of.
+_VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP, errno.ENXIO)
 
 
 class FileRecord(NamedTuple):
@@ -266,7 +266,7 @@ def _states(files: _Files) -> list[os.stat_result]:
     folder = _open(files.folder, _FOLDER_FLAGS)
     try:
         return [os.stat(name, dir_fd=folder) for name in files.names]
-    except _INACCESSIBLE as exc:
+    except OSError as exc:
         raise _inaccessible(os.path.join(files.folder, exc.filename), exc) from exc
     finally:
         os.close(folder)
@@ -278,14 +278,14 @@ class _Hasher:
     Small files in the caller's thread, as long as they are in memory or on a disk so fast that
     threads would only be in each other's way; when reading keeps us waiting, many at once. It is
     measured: what a few files took, less the CPU time of it, is what we waited. Large files go to
-    a thread for each processor.
+    a thread for each processor, or stay with those that read many at once.
     """
 
     def __init__(self, snapshot: Snapshot, progress: Progress) -> None:
         self._snapshot = snapshot
         self._progress = progress
         self._stop = threading.Event()
-        # The processors this process may use: a container's share, not the whole machine's.
+        # The processors this process may run on; a quota of their time is not seen here.
         processors = min(_WIDE, len(os.sched_getaffinity(0)))
         self._processors = ThreadPoolExecutor(processors, "hash")
         self._wide = ThreadPoolExecutor(_WIDE, "hash")
@@ -313,7 +313,7 @@ class _Hasher:
         while start < len(positions):
             if self._wide_files > 0:
                 batch = positions[start : start + _FEW]
-                self._submit(self._wide, 2 * _WIDE, self._hash_all, files, batch)
+                self._submit(self._wide, self._hash_all, files, batch)
                 self._wide_files -= len(batch)
                 if self._wide_files <= 0:
                     self._settle()  # so that what comes next is measured alone
@@ -336,13 +336,11 @@ class _Hasher:
                 self._wide_files = self._next_wide_files
                 self._next_wide_files *= 2
         for position in large:
-            self._submit(self._processors, 2 * _WIDE, self._hash_large, files, position)
+            self._submit(self._processors, self._hash_large, files, position)
 
-    def _submit(
-        self, pool: ThreadPoolExecutor, bound: int, work: Callable[..., None], *args: Any
-    ) -> None:
+    def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., None], *args: Any) -> None:
         self._pending.append(pool.submit(work, *args))
-        while len(self._pending) > bound:
+        while len(self._pending) > 2 * _WIDE:
             self._pending.popleft().result()
 
     def _settle(self) -> None:
@@ -371,7 +369,7 @@ class _Hasher:
             for position in positions:
                 try:
                     descriptor = os.open(names[position], _OPEN_FLAGS, dir_fd=directory)
-                except _INACCESSIBLE as exc:
+                except OSError as exc:
                     raise _inaccessible(files.local_path(position), exc) from exc
                 try:
                     state = os.fstat(descriptor)
@@ -417,6 +415,8 @@ class _Hasher:
                     self._progress.add(0, len(piece))
                     if self._stop.is_set():
                         return
+                    if done > state.st_size:
+                        break  # it may grow as fast as it is read
         finally:
             os.close(descriptor)
         if done != state.st_size:
@@ -451,19 +451,21 @@ def _read_ahead(descriptor: int) -> Generator[tuple[bytes, int], None, None]:
 def _open(path: str, flags: int) -> int:
     try:
         return os.open(path, flags)
-    except _INACCESSIBLE as exc:
+    except OSError as exc:
         raise _inaccessible(path, exc) from exc
 
 
-def _inaccessible(path: str, error: OSError) -> KerasRemoteError:
-    if not isinstance(error, PermissionError):
+def _inaccessible(path: str, error: OSError) -> Exception:
+    if error.errno in _VANISHED:
         return DataChangedError(
             f"{path} vanished while the data was being read. Retry once nothing writes to it."
         )
-    return InvalidInputError(
-        f"cannot read {path}: permission denied. Make it readable for this user, or move it out "
-        "of the data."
-    )
+    if isinstance(error, PermissionError):
+        return InvalidInputError(
+            f"cannot read {path}: permission denied. Make it readable for this user, or move it "
+            "out of the data."
+        )
+    return OSError(error.errno, error.strerror, path)  # it names but the last part of the path
 
 
 def _single(path: str) -> tuple[str, list[str]]:
@@ -530,7 +532,7 @@ def _special(path: str) -> Exception:
         return _not_a_file(path, os.stat(path).st_mode)
     except OSError:
         if not os.path.islink(path):
-            return _inaccessible(path, FileNotFoundError())
+            return _inaccessible(path, FileNotFoundError(errno.ENOENT, "gone"))
         return InvalidInputError(
             f"broken link: {path} points to {os.readlink(path)}, which is not there. Remove the "
             "link or restore its target."
@@ -562,15 +564,14 @@ def _encode(root: str, folder: str, names: list[str]) -> list[bytes]:
         prefix = folder.encode()
         return [prefix + name.encode() for name in names]
     except UnicodeEncodeError as exc:
-        paths = (os.fsencode(os.path.join(root, folder, name)) for name in names)
-        raise InvalidInputError(
-            f"file name is not UTF-8: {next(p for p in paths if not _is_utf8(p))!r}. Rename it."
-        ) from exc
+        refused = next(name for name in names if not _is_utf8(folder + name))
+        path = os.fsencode(os.path.join(root, folder, refused))
+        raise InvalidInputError(f"file name is not UTF-8: {path!r}. Rename it.") from exc
 
 
-def _is_utf8(path: bytes) -> bool:
+def _is_utf8(path: str) -> bool:
     try:
-        path.decode()
-    except UnicodeDecodeError:
+        path.encode()
+    except UnicodeEncodeError:
         return False
     return True

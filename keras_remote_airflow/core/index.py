@@ -34,7 +34,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from io import BytesIO
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -189,8 +189,8 @@ class HashIndex:
     ) -> tuple["array[int]", bytes] | None:
         """Return CRC32Cs and digests of files if they are what comes next, all of them unchanged.
 
-        As `get` for each of them, but at a fraction of the cost; and if the answer is None, they
-        are to be asked for one by one.
+        As `get` for each of them (one or more), but at a fraction of the cost; and if the answer is
+        None, they are to be asked for one by one.
         """
         start, end = self._next, self._next + len(names)
         known = self._known
@@ -288,8 +288,10 @@ class HashIndex:
         """Put the table into the file, beside the sections of roots that still exist."""
         folder = os.path.dirname(self._path)
         os.makedirs(folder, exist_ok=True)
-        with open(self._path + ".lock", "ab") as lock, _open_or_nothing(self._path) as old:
+        with ExitStack() as stack:
+            lock = stack.enter_context(open(self._path + ".lock", "ab"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            old = stack.enter_context(_open_or_nothing(self._path))  # not before it is ours
             kept = self._other_sections(old)
             sections = [*(section for section, _ in kept), table.section(self._root)]
             header = json.dumps({"sections": sections}).encode()
@@ -365,4 +367,6 @@ def _read_header(file: BinaryIO) -> list[dict[str, Any]]:
             f"it has format_version {version}, this version reads {_FORMAT_VERSION}"
         )
     sections: list[dict[str, Any]] = json.loads(file.read(length))["sections"]
+    if not all(type(section["length"]) is int and section["length"] >= 0 for section in sections):
+        raise ValueError("a section has no length")
     return sections

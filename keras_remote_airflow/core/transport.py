@@ -54,10 +54,8 @@ _HOPELESS = (
     aiohttp.InvalidURL,
     aiohttp.NonHttpUrlClientError,
 )
-# A body up to this size goes into the socket's buffer as a whole; a larger one can get stuck.
-_SENT_AT_ONCE = 64 * 1024
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
-_THREADS = 32
+_THREADS = 32  # for what blocks, such as reading from a slow disk: as many as hashing uses
 _WARNING_INTERVAL = 10.0  # seconds between two warnings that something is tried again
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
@@ -325,7 +323,7 @@ class Transport:
                         remedy = f"Check that something answers at {self.endpoint}."
                     raise StoreError(
                         f"{what} kept failing for {now - first_failure:.0f} s, {failures} "
-                        f"attempts; the last: {_describe(exc)}. {remedy}",
+                        f"attempts; the last: {_describe(exc).rstrip('.')}. {remedy}",
                         status=status,
                         transient=True,
                     ) from _presentable(exc)
@@ -391,22 +389,16 @@ class Transport:
         headers = {**headers, **await self._authorization()}
         full_url = URL(url if "://" in url else self.endpoint + url, encoded=True)
 
-        async def send(body: Any) -> aiohttp.ClientResponse:
-            return await self._session.request(
+        async with _Sending(self.policy.stall_timeout, data) as sending:
+            response = await self._session.request(
                 method,
                 full_url,
                 headers=headers,
-                data=body,
+                data=sending.body,
                 proxy=self._proxy,
                 allow_redirects=False,
             )
-
-        if data is None or (isinstance(data, bytes) and len(data) <= _SENT_AT_ONCE):
-            response = await send(data)
-        else:
-            async with _Sending(self.policy.stall_timeout, data) as sending:
-                response = await send(sending.body)
-                sending.ended()
+            sending.ended()
         if response.status in expected:
             return response
         async with response:
@@ -458,9 +450,10 @@ class Transport:
 
 
 class _Sending:
-    """Notices a connection that takes no more of a request's body.
+    """Notices a server or proxy that does not take a request, or takes no more of its body.
 
-    aiohttp's own timeout begins when the body is sent. Enters like a timeout and raises
+    aiohttp's own timeout begins when the body is sent and a connection to the server itself is
+    there. Enters like a timeout and raises
     TimeoutError when for `stall_timeout` seconds neither another piece of the body was taken nor
     the answer began.
     """
@@ -542,11 +535,11 @@ def _tls(*urls: str | None) -> ssl.SSLContext | Literal[True]:
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
     if not bundle or not any(url and url.startswith("https://") for url in urls):
         return True
-    return _trusting(bundle)
+    return _trusting(bundle, os.path.getmtime(bundle) if os.path.exists(bundle) else 0.0)
 
 
 @lru_cache(1)  # reading the certificates takes longer than a look into the cache
-def _trusting(bundle: str) -> ssl.SSLContext:
+def _trusting(bundle: str, _modified: float) -> ssl.SSLContext:
     context = ssl.create_default_context()
     try:
         if os.path.isdir(bundle):

@@ -16,7 +16,7 @@ from typing import Protocol
 import google_crc32c
 
 READ_BYTES = 1024 * 1024
-# MD5 runs at some 0.6 GB/s, twice of what the rest of an upload costs. Above this size it is
+# MD5 runs at some 0.6 GB/s, twice what the rest of an upload costs. Above this size it is
 # computed only if the client declared one; Cloud Storage, too, has objects without md5Hash
 # (https://cloud.google.com/storage/docs/metadata#md5).
 MD5_UP_TO_BYTES = 1024 * 1024

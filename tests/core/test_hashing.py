@@ -1,8 +1,10 @@
 """The content hash is keras_remote's, byte for byte; the snapshot says what was read."""
 
+import errno
 import hashlib
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_remote_airflow import Data
+from keras_remote_airflow.core.errors import DataChangedError, InvalidInputError
 from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH, take_snapshot
 
 from . import reference
@@ -246,3 +249,51 @@ def test_reading_many_at_once_ends_when_the_disk_has_become_fast(tree, slow_disk
     take_snapshot(str(tree({str(n): bytes(n) for n in range(400)})))
     assert len(set(opened)) > 2
     assert set(opened[-200:]) == {threading.current_thread().name}
+
+
+def test_what_has_taken_a_files_place_is_a_change_with_its_full_path(tree, monkeypatch):
+    root = tree({})
+    # Listed as a file, and opened when it is a link to itself.
+    monkeypatch.setattr("keras_remote_airflow.core.hashing._list", lambda *_: (["b"], []))
+    (root / "b").symlink_to("b")
+    with pytest.raises(DataChangedError, match=re.escape(f"{root}/b vanished")):
+        take_snapshot(str(root))
+
+
+def test_an_error_of_the_disk_names_the_full_path(tree, monkeypatch):
+    root = tree({"sub/data.csv": b"1"})
+    system_open = os.open
+
+    def failing(path, *arguments, **options):
+        if path == "data.csv":
+            raise OSError(errno.EIO, "Input/output error", path)
+        return system_open(path, *arguments, **options)
+
+    monkeypatch.setattr("keras_remote_airflow.core.hashing.os.open", failing)
+    with pytest.raises(OSError, match=re.escape(f"Input/output error: '{root}/sub/data.csv'")):
+        take_snapshot(str(root))
+
+
+def test_a_file_that_grows_as_fast_as_it_is_read_is_not_read_without_end(tmp_path, monkeypatch):
+    path = tmp_path / "growing"
+    path.write_bytes(bytes(2 << 20))
+    read = []
+
+    def growing(descriptor, size):
+        read.append(size)
+        return bytes(size)
+
+    monkeypatch.setattr("keras_remote_airflow.core.hashing.os.read", growing)
+    with pytest.raises(DataChangedError, match="growing changed"):
+        take_snapshot(str(path))
+    assert sum(read) < 4 << 20
+
+
+def test_of_names_that_are_not_utf8_the_right_one_is_told(tmp_path):
+    root = os.path.join(os.fsencode(tmp_path), b"\xff")
+    os.mkdir(root)
+    for name in (b"a", b"b\xff"):
+        with open(os.path.join(root, name), "wb"):
+            pass
+    with pytest.raises(InvalidInputError, match=r"b\\xff'"):
+        take_snapshot(os.fsdecode(root))

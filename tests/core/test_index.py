@@ -1,13 +1,16 @@
 """The hash index saves reads and never changes a hash."""
 
 import fcntl
+import json
 import logging
 import multiprocessing
 import os
 import re
+import struct
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -255,3 +258,46 @@ def test_processes_share_an_index(tmp_path, index):
 
 def _hash(root: str, index: str) -> str:
     return take_snapshot(root, index).content_hash
+
+
+def test_what_another_process_saves_before_the_lock_is_ours_is_kept(tree, index, monkeypatch):
+    _settle(monkeypatch)
+    other = tree.parent / "other"
+    _write(other / "file", b"x")
+    take_snapshot(str(tree), index)
+    _write(tree / "new", b"y")
+    system_flock, meanwhile = fcntl.flock, [lambda: take_snapshot(str(other), index)]
+
+    def flock(file, operation):
+        if meanwhile:
+            meanwhile.pop()()
+        system_flock(file, operation)
+
+    monkeypatch.setattr("keras_remote_airflow.core.index.fcntl.flock", flock)
+    take_snapshot(str(tree), index)
+    assert {section["root"] for section in _sections(index)} == {str(tree), str(other)}
+
+
+@pytest.mark.parametrize("length", [1.5, -3, None, True])
+def test_a_section_of_no_length_does_not_spoil_the_others_for_good(
+    tree, index, monkeypatch, caplog, length
+):
+    _settle(monkeypatch)
+    other = tree.parent / "other"
+    _write(other / "file", b"x")
+    for root in (other, tree):
+        expected = take_snapshot(str(root), index).content_hash
+    sections = _sections(index)
+    sections[0]["length"] = length
+    header = json.dumps({"sections": sections}).encode()
+    Path(index).write_bytes(struct.pack("<8sII", b"KRAINDEX", 1, len(header)) + header)
+    for _ in range(2):
+        caplog.clear()
+        assert take_snapshot(str(tree), index).content_hash == expected
+    assert "ignored" not in caplog.text
+
+
+def _sections(index: str) -> list[dict[str, Any]]:
+    content = Path(index).read_bytes()
+    [length] = struct.unpack_from("<I", content, 12)
+    return json.loads(content[16 : 16 + length])["sections"]

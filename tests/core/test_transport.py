@@ -21,8 +21,10 @@ from google.oauth2.credentials import Credentials
 
 from keras_remote_airflow import make_data_ref, materialize
 from keras_remote_airflow.core.cache import find, upload
+from keras_remote_airflow.core.errors import StoreError
 from keras_remote_airflow.core.hashing import take_snapshot
 from keras_remote_airflow.core.objects import Upload, open_store
+from keras_remote_airflow.core.transport import RetryPolicy, Transport
 
 from .conftest import on_disk
 
@@ -252,3 +254,30 @@ def test_token_that_expires_under_way_is_refreshed_once(proxy, gcs_bucket, tree)
     tokens = [headers["Authorization"] for _, _, headers in proxy.seen]
     assert tokens.count("Bearer token-1") >= 60
     assert tokens.count("Bearer token-2") == 200 - tokens.count("Bearer token-1") > 0
+
+
+@pytest.mark.parametrize("size", [0, 100, 100_000], ids=["no body", "small", "large"])
+@pytest.mark.parametrize(
+    "words", [b"", b"HTTP/1.1 100 Continue\r\n\r\n"], ids=["silent", "continue"]
+)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_whoever_never_answers_is_given_up_on(proxy, monkeypatch, scheme, words, size):
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        monkeypatch.setenv(f"{scheme}_proxy", address)
+        stop = threading.Event()
+        threading.Thread(target=_accept, args=(mute, words, stop), daemon=True).start()
+        policy = RetryPolicy(deadline=0.5, initial=0.01, stall_timeout=0.3)
+        with Transport(client_for(f"{scheme}://{HOST}"), policy) as transport:
+            data = b"x" * size or None
+            with pytest.raises(StoreError, match="no answer in time"):
+                transport.run(transport.call("asking", "POST", "/", data=data))
+        stop.set()
+
+
+def _accept(server: socket.socket, words: bytes, stop: threading.Event) -> None:
+    connections = []
+    with suppress(OSError):
+        while not stop.is_set():
+            connections.append(server.accept()[0])
+            connections[-1].sendall(words)
