@@ -145,7 +145,10 @@ class DataUploadOperator(BaseOperator):
                 **(ref if self.multiple_outputs else {}),
             }.items():
                 context["ti"].xcom_push(key=key, value=value)
-            raise AirflowSkipException(f"{result.gcs_uri} is published already: nothing new")
+            raise AirflowSkipException(
+                f"{result.gcs_uri} is published already: nothing new. If it was never trained on, "
+                "clear the task that trains."
+            )
         return ref
 
     def dry_run(self) -> None:

@@ -216,7 +216,7 @@ def upload(
         data = Data(data)
     if data.is_gcs:
         split_gcs_uri(data.path)
-        _log.info("Data is on Cloud Storage already: %s", data.path)
+        _log.info("Data is on Cloud Storage already, passed on unchecked: %s", data.path)
         return UploadResult(data.path, data.is_dir)
 
     snapshot = take_snapshot(data.path, hash_index or default_index())

@@ -2,10 +2,14 @@
 
 import logging
 import os
+import re
 
 from keras_remote_airflow.core.errors import DataNotFoundError, InvalidInputError
 
 _log = logging.getLogger(__name__)
+
+# s3://…, https://…, gs:/…, GS://…, gs//…
+_URI_LIKE = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:/|\s*gs:?/", re.IGNORECASE)
 
 
 class Data:
@@ -39,9 +43,11 @@ class Data:
             return
         self._path = os.path.abspath(os.path.expanduser(path))
         if not os.path.lexists(self._path):
+            hint = "Check the path, and that this machine is the one that has the data."
+            if _URI_LIKE.match(path):
+                hint = "If it is to be a URI: only gs://bucket/name is read, spelled so."
             raise DataNotFoundError(
-                f"data path does not exist: {path} (resolved to {self._path}). Check the path, and "
-                "that this machine is the one that has the data."
+                f"data path does not exist: {path} (resolved to {self._path}). {hint}"
             )
         if not os.path.exists(self._path):
             raise DataNotFoundError(

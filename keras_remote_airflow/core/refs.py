@@ -88,9 +88,12 @@ def parse_data_ref(value: object) -> DataRef:
     """
     fields = _parse_text(value) if isinstance(value, str) else value
     if not isinstance(fields, dict) or not is_data_ref(fields):
+        hint = ""
+        if isinstance(value, str) and value.startswith("gs://"):
+            hint = ". A URI alone does not say enough: make_data_ref(uri, is_dir) makes a ref of it"
         raise InvalidInputError(
             f"not a data ref: {_shorten(value)}; expected the dict that DataUploadOperator and "
-            'CacheSensor push, with "__data_ref__": true, or its text'
+            f'CacheSensor push, with "__data_ref__": true, or its text{hint}'
         )
     gcs_uri = fields.get("gcs_uri", fields.get("uri"))
     is_dir, mount_path = fields.get("is_dir"), fields.get("mount_path")

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from keras_remote_airflow import Data
-from keras_remote_airflow.core.errors import InvalidInputError
+from keras_remote_airflow.core.errors import DataNotFoundError, InvalidInputError
 
 
 def test_local_path_becomes_absolute(tree, monkeypatch):
@@ -107,3 +107,16 @@ def test_what_is_no_path_is_refused(value):
 
 def test_a_path_object_is_taken_as_its_path(tmp_path):
     assert Data(tmp_path).path == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path", ["gs:/demo/x", "gs//demo/x", "GS://demo/x", " gs://demo", "s3://b"]
+)
+def test_what_looks_like_another_uri_is_told_how_to_spell_one(path):
+    with pytest.raises(DataNotFoundError, match="only gs://bucket/name is read"):
+        Data(path)
+
+
+def test_a_path_that_is_not_there_is_not_taken_for_a_uri():
+    with pytest.raises(DataNotFoundError, match="that this machine is the one"):
+        Data("/no/such/data")

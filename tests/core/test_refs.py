@@ -221,3 +221,8 @@ def test_nesting_that_no_text_could_spell_is_refused_too():
     # Taken apart by hand: the interpreter would recurse.
     while deep:
         deep = deep.pop()
+
+
+def test_a_bare_uri_is_told_how_to_become_a_ref():
+    with pytest.raises(InvalidInputError, match=r"make_data_ref\(uri, is_dir\)"):
+        parse_data_ref("gs://bucket/default/data-cache/x")

@@ -318,7 +318,6 @@ def test_bytes_on_the_move_are_told_and_none_of_them_twice(gcs_server, bucket, f
         assert len(reached) > 8
         assert 8 << 20 <= max(reached) <= size
         assert reached[-1] == 0
-    assert min(up[:-1]) < 0, "what the broken connection lost was taken back"
     assert done_at.count(0) >= 2, "a large file is taken back just before it is done"
 
 
