@@ -121,15 +121,14 @@ class Limiter:
             not self._requests or self._bytes + size <= self._max_bytes
         )
 
-    def try_enter(self, size: int) -> bool:
-        """Take a place for a request that keeps `size` bytes in memory, if one is free."""
-        if self._waiting or not self._fits(size):
-            return False
-        self._take(size)
-        return True
-
     async def enter(self, size: int) -> None:
-        """Take a place as soon as one is free; whoever took one calls `leave`."""
+        """Take a place for a request that keeps `size` bytes in memory, as soon as one is free.
+
+        Whoever took one calls `leave`.
+        """
+        if not self._waiting and self._fits(size):
+            self._take(size)
+            return
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append((size, turn))
         try:
@@ -293,8 +292,7 @@ class Transport:
         """
         failures, first_failure, reached = 0, 0.0, position()
         while True:
-            if not self.limiter.try_enter(size):
-                await self.limiter.enter(size)
+            await self.limiter.enter(size)
             try:
                 try:
                     result = await attempt()
