@@ -9,6 +9,7 @@ Nothing here imports Airflow, so the tests of `core` pay nothing for it, and the
 every Airflow line.
 """
 
+import gc
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,18 @@ _HERE = Path(__file__).parent
 _OUR_FILE = r"\b(?:keras_remote_airflow|dags)/[\w/]+\.py\b"
 _WILL_GO = r"\b(?:\w*Deprecat\w*|Future|RemovedIn\w+)Warning\b"
 _OUR_WARNING = re.compile(f".*{_OUR_FILE}.*{_WILL_GO}.*|.*{_WILL_GO}.*{_OUR_FILE}.*")
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """No garbage is collected meanwhile: for tests that drive a parser to the recursion limit.
+
+    A finalizer of what earlier tests left, run down there, would fail, and this test with it.
+    """
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

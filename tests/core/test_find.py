@@ -120,6 +120,7 @@ def test_newer_marker_is_an_error_and_no_miss(bucket, layout):
         find(bucket.name, HASH, layout=layout)
 
 
+@pytest.mark.usefixtures("no_collection")
 def test_garbage_marker_is_an_error_that_names_it(bucket):
     for body in GARBAGE_MARKERS:
         put(bucket, MARKERS["keras_remote"].format(HASH), body)

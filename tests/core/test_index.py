@@ -161,6 +161,7 @@ def test_a_file_modified_just_before_it_was_hashed_is_not_recorded(tree, index, 
     assert {"a", "c", "d", "é"} <= set(opened)
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize(
     "damage",
     [

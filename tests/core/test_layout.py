@@ -279,6 +279,7 @@ GARBAGE_MARKERS = [
 ]
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("body", GARBAGE_MARKERS, ids=range(len(GARBAGE_MARKERS)))
 def test_garbage_marker_is_an_error_that_names_it_and_stays_short(body):
     with pytest.raises(MarkerError) as caught:

@@ -212,6 +212,7 @@ def test_no_text_crashes_or_stalls_the_parser():
     assert done.stdout.splitlines() == [f"{text}: refused True" for text in HOSTILE_TEXTS]
 
 
+@pytest.mark.usefixtures("no_collection")
 def test_nesting_that_no_text_could_spell_is_refused_too():
     deep: list[object] = []
     for _ in range(100_000):

@@ -109,6 +109,7 @@ BAD_MARKERS = {
 }
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("body", BAD_MARKERS)
 def test_a_marker_that_cannot_be_read_is_an_error(

@@ -95,6 +95,7 @@ HOSTILE_REFS = {
 }
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("text", HOSTILE_REFS)
 def test_a_hostile_ref_is_refused_and_not_evaluated(tmp_path: Path, text: str) -> None:
     canary = tmp_path / "canary"
