@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import accumulate, islice
+from itertools import accumulate, compress, islice
 from typing import Any, NamedTuple, Self
 
 import google_crc32c
@@ -50,7 +50,8 @@ _UNUSABLE = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
 # Of a large file at a time: what stays in a processor's cache between reading and hashing.
 _PIECE = 512 * 1024
 _HUGE = 64 * 1024 * 1024  # from here on reading ahead pays
-# Files that are hashed before the time they took is looked at, the first time and at the most.
+# Files that are hashed together before the time they took is looked at, the first time and at the
+# most; so many are open, and held in memory, at once.
 _FEW, _MANY = 8, 64
 # Seconds a file may keep us waiting before many are read at once. A file in memory takes some 10
 # microseconds, one on a local disk 100, one on a remote disk milliseconds.
@@ -160,14 +161,23 @@ class Snapshot:
         self._crcs[index] = crc32c
 
     def _fill_all(
-        self, first: int, states: list[os.stat_result], crcs: "array[int]", digests: bytes
+        self,
+        indices: Sequence[int],
+        states: list[os.stat_result],
+        crcs: "array[int]",
+        digests: bytes,
     ) -> None:
-        """Note what the files from `first` on were found to be."""
-        end = first + len(states)
-        self._sizes[first:end] = array("Q", [state.st_size for state in states])
-        self._mtimes[first:end] = array("q", [state.st_mtime_ns for state in states])
-        self._crcs[first:end] = crcs
-        self._digests[32 * first : 32 * end] = digests
+        """Note what these files were found to be, in any thread."""
+        if indices and indices[-1] - indices[0] == len(indices) - 1:
+            these = slice(indices[0], indices[-1] + 1)
+            self._sizes[these] = array("Q", [state.st_size for state in states])
+            self._mtimes[these] = array("q", [state.st_mtime_ns for state in states])
+            self._crcs[these] = crcs
+            self._digests[32 * these.start : 32 * these.stop] = digests
+        else:
+            for at, (index, state) in enumerate(zip(indices, states, strict=True)):
+                digest = digests[32 * at : 32 * at + 32]
+                self._fill(index, state.st_size, state.st_mtime_ns, digest, crcs[at])
 
     def _finish(self) -> None:
         self.total_bytes = sum(self._sizes)
@@ -251,7 +261,7 @@ def _unknown(files: _Files, snapshot: Snapshot, index: HashIndex) -> Sequence[in
     """Fill in the files that the index knows; return the positions of the others."""
     states = _states(files)
     if known := index.get_all(files.paths, states):
-        snapshot._fill_all(files.first, states, *known)
+        snapshot._fill_all(range(files.first, files.first + len(states)), states, *known)
         return ()
     unknown = []
     for position, (path, state) in enumerate(zip(files.paths, states, strict=True)):
@@ -354,46 +364,54 @@ class _Hasher:
     def _hash_small(self, files: _Files, positions: Sequence[int]) -> list[int]:
         """Hash the small ones among these files, in any thread; return the positions of the others.
 
-        The loop that a million files pass through: no calls of our own, nothing looked up twice.
+        What a million files pass through: each step is taken for all of them before the next one,
+        which makes it a loop in C, or nearly so, and takes a tenth less time than file by file.
         """
-        snapshot, (folder, names, paths, first) = self._snapshot, files
-        sizes, mtimes, crcs, digests = (
-            snapshot._sizes,
-            snapshot._mtimes,
-            snapshot._crcs,
-            snapshot._digests,
-        )
-        large, hashed = [], 0
-        directory = _open(folder, _FOLDER_FLAGS)
+        _, names, paths, first = files
+        descriptors: list[int] = []
+        folder = _open(files.folder, _FOLDER_FLAGS)
         try:
             for position in positions:
                 try:
-                    descriptor = os.open(names[position], _OPEN_FLAGS, dir_fd=directory)
+                    descriptors.append(os.open(names[position], _OPEN_FLAGS, dir_fd=folder))
                 except OSError as exc:
                     raise _inaccessible(files.local_path(position), exc) from exc
-                try:
-                    state = os.fstat(descriptor)
-                    size = state.st_size
-                    if not stat.S_ISREG(state.st_mode):
-                        raise _not_a_file(files.local_path(position), state.st_mode)
-                    if size > _SMALL:
-                        large.append(position)
-                        continue
-                    content = os.read(descriptor, size + 1)
-                finally:
-                    os.close(descriptor)
-                if len(content) != size:
-                    raise _changed(files.local_path(position), size, len(content))
-                index = first + position
-                sizes[index] = size
-                mtimes[index] = state.st_mtime_ns
-                crcs[index] = google_crc32c.value(content)
-                digest = hashlib.sha256(paths[position] + b"\0" + content).digest()
-                digests[32 * index : 32 * index + 32] = digest
-                hashed += size
+            states = list(map(os.fstat, descriptors))
+            sizes = [state.st_size for state in states]
+            if not all(map(stat.S_ISREG, {state.st_mode for state in states})):
+                raise next(
+                    _not_a_file(files.local_path(position), state.st_mode)
+                    for position, state in zip(positions, states, strict=True)
+                    if not stat.S_ISREG(state.st_mode)
+                )
+            large, readable = [], descriptors
+            if max(sizes) > _SMALL:
+                small = [size <= _SMALL for size in sizes]
+                large = [p for p, is_small in zip(positions, small, strict=True) if not is_small]
+                positions = list(compress(positions, small))
+                states = list(compress(states, small))
+                sizes = list(compress(sizes, small))
+                readable = list(compress(descriptors, small))
+            contents = [os.read(d, size + 1) for d, size in zip(readable, sizes, strict=True)]
         finally:
-            os.close(directory)
-        self._progress.add(len(positions) - len(large), hashed)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            os.close(folder)
+        if (found := list(map(len, contents))) != sizes:
+            raise next(
+                _changed(files.local_path(position), size, read)
+                for position, size, read in zip(positions, sizes, found, strict=True)
+                if read != size
+            )
+        digests = b"".join(
+            [
+                hashlib.sha256(b"%b\0%b" % (paths[position], content)).digest()
+                for position, content in zip(positions, contents, strict=True)
+            ]
+        )
+        crcs = array("I", map(google_crc32c.value, contents))
+        self._snapshot._fill_all([first + p for p in positions], states, crcs, digests)
+        self._progress.add(len(positions), sum(sizes))
         return large
 
     def _hash_large(self, files: _Files, position: int) -> None:
