@@ -169,17 +169,33 @@ class GcsStore:
     async def _concurrently(
         self, items: Iterable[_T], work: Callable[[_T], Awaitable[None]]
     ) -> None:
-        """Await `work` for every item, concurrently; the first error wins."""
+        """Await `work` for every item, concurrently; the first error wins.
+
+        With as many workers as the transport makes requests: more would cost memory and time only
+        to wait.
+        """
         waiting = iter(items)
+        limiter = self._transport.limiter
+        workers = 0
+
+        def start() -> None:
+            nonlocal workers
+            workers += 1
+            group.create_task(worker())
 
         async def worker() -> None:
+            nonlocal workers
             for item in waiting:
+                if workers < self._transport.concurrency and limiter.has_room():
+                    start()
                 await work(item)
+                if workers > 1 and limiter.is_crowded():
+                    break
+            workers -= 1
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(self._transport.concurrency):
-                    group.create_task(worker())
+                start()
         except BaseExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
 

@@ -20,7 +20,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -54,8 +54,14 @@ _HOPELESS = (
     aiohttp.InvalidURL,
     aiohttp.NonHttpUrlClientError,
 )
+# What has not moved for too long is found by `_Watch`.
+_WATCHED = aiohttp.ClientTimeout(total=None, sock_connect=30)
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _THREADS = 32  # for what blocks, such as reading from a slow disk: as many as hashing uses
+# The thread that makes the requests is busy, or has time for more, when it computes for these parts
+# of a round of answers; this many requests are enough to keep it busy.
+_BUSY, _IDLE = 0.9, 0.75
+_ENOUGH = 32.0
 _WARNING_INTERVAL = 10.0  # seconds between two warnings that something is tried again
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
@@ -99,7 +105,9 @@ class Limiter:
 
     The number doubles with each round of answers at first, then grows by one a round; it halves
     when the service asks for less (429, 503), which is what Cloud Storage's ramp-up guidance wants
-    (https://cloud.google.com/storage/docs/request-rate#ramp-up).
+    (https://cloud.google.com/storage/docs/request-rate#ramp-up). It sinks while the thread that
+    makes the requests has no time left: more would only wait for it, and with 128 in flight each
+    costs a fifth more than with 32, in caches missed and garbage looked for.
 
     Args:
         maximum: requests in flight at the most.
@@ -114,12 +122,24 @@ class Limiter:
         self._requests = 0
         self._bytes = 0
         self._throttled_at = 0.0
+        # The answers left of this round, the clocks when it began, how busy the thread was in the
+        # last one.
+        self._answers = 0
+        self._wall = self._cpu = self._busy = 0.0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     def _fits(self, size: int) -> bool:
         return self._requests < self.limit and (
             not self._requests or self._bytes + size <= self._max_bytes
         )
+
+    def has_room(self) -> bool:
+        """Tell whether more than the next request would get a place at once."""
+        return not self._waiting and self._requests + 1 < self.limit
+
+    def is_crowded(self) -> bool:
+        """Tell whether requests wait for a place."""
+        return bool(self._waiting)
 
     async def enter(self, size: int) -> None:
         """Take a place for a request that keeps `size` bytes in memory, as soon as one is free.
@@ -153,8 +173,18 @@ class Limiter:
                 turn.set_result(None)
 
     def succeeded(self) -> None:
-        if self.limit < self._maximum:
+        self._answers -= 1
+        if self._answers < 0:
+            self._measure()
+            if self._busy > _BUSY:
+                self.limit = max(min(_ENOUGH, self.limit), 0.75 * self.limit)
+        if self.limit < self._maximum and self._busy < _IDLE:
             self.limit += 1.0 if self.limit < self._threshold else 1.0 / self.limit
+
+    def _measure(self) -> None:
+        wall, cpu = time.monotonic(), time.thread_time()
+        self._busy = (cpu - self._cpu) / max(wall - self._wall, 1e-6)
+        self._answers, self._wall, self._cpu = int(self.limit), wall, cpu
 
     def throttled(self) -> None:
         # All requests of one round hear the same "too many": that is one reason to halve.
@@ -215,13 +245,13 @@ class Transport:
     async def _open(self) -> None:
         self._proxy = _proxy(self.endpoint)
         self._refreshing = asyncio.Lock()
-        timeout = aiohttp.ClientTimeout(
+        self._watch = _Watch(self._loop, self.policy.stall_timeout)
+        self._timeouts = aiohttp.ClientTimeout(
             total=None, sock_connect=30, sock_read=self.policy.stall_timeout
         )
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=_tls(self.endpoint, self._proxy)),
             cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=timeout,
             auto_decompress=False,
             # Without it Cloud Storage would send the decompressed bytes of gzip-encoded objects,
             # which are not the ones that size and CRC32C describe.
@@ -357,9 +387,13 @@ class Transport:
             method: the HTTP method.
             url: below the endpoint, percent-encoded; or absolute, as an upload session's is.
             expected: statuses that the caller answers itself.
-            options: headers, and data: bytes, or an asynchronous iterator over them.
+            options: headers.
         """
-        response = await self._begin(what, method, url, expected, **options)
+        # Once the answer has begun, aiohttp watches: whoever reads it may take their time.
+        with _Exchange(self._watch):
+            response = await self._begin(
+                what, method, url, expected, timeouts=self._timeouts, **options
+            )
         async with response:
             yield response
 
@@ -368,11 +402,14 @@ class Transport:
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Make one attempt at a request whose answer is small; return status, headers and body.
 
-        Parameters and errors are those of `request`.
+        Parameters and errors are those of `request`; of the options there is also data: bytes, or
+        an asynchronous iterator over them.
         """
-        response = await self._begin(what, method, url, expected, **options)
-        async with response:
-            return response.status, response.headers, await response.read()
+        with _Exchange(self._watch, options.pop("data", None)) as exchange:
+            response = await self._begin(what, method, url, expected, data=exchange.body, **options)
+            async with response:
+                body = [piece async for piece in exchange.watched(response.content.iter_any())]
+                return response.status, response.headers, b"".join(body)
 
     async def _begin(
         self,
@@ -383,20 +420,19 @@ class Transport:
         *,
         headers: Mapping[str, str] = _NO_HEADERS,
         data: Any = None,
+        timeouts: aiohttp.ClientTimeout = _WATCHED,
     ) -> aiohttp.ClientResponse:
         headers = {**headers, **await self._authorization()}
         full_url = URL(url if "://" in url else self.endpoint + url, encoded=True)
-
-        async with _Sending(self.policy.stall_timeout, data) as sending:
-            response = await self._session.request(
-                method,
-                full_url,
-                headers=headers,
-                data=sending.body,
-                proxy=self._proxy,
-                allow_redirects=False,
-            )
-            sending.ended()
+        response = await self._session.request(
+            method,
+            full_url,
+            headers=headers,
+            data=data,
+            proxy=self._proxy,
+            allow_redirects=False,
+            timeout=timeouts,
+        )
         if response.status in expected:
             return response
         async with response:
@@ -447,36 +483,70 @@ class Transport:
         return True
 
 
-class _Sending:
-    """Notices a server or proxy that does not take a request, or takes no more of its body.
+class _Watch:
+    """Ends exchanges in which nothing has moved for too long.
 
-    aiohttp's own timeout begins when the body is sent and a connection to the server itself is
-    there. Enters like a timeout and raises
-    TimeoutError when for `stall_timeout` seconds neither another piece of the body was taken nor
-    the answer began.
+    It looks at all of them now and then, which costs less than a timer for each.
     """
 
-    def __init__(self, stall_timeout: float, body: Any) -> None:
-        self.body = self if isinstance(body, AsyncIterator) else body
-        self._pieces = body
+    def __init__(self, loop: asyncio.AbstractEventLoop, stall_timeout: float) -> None:
+        self._loop = loop
         self._seconds = stall_timeout
-        self._limit = asyncio.timeout(stall_timeout)
-        self._going_on = False
+        self.exchanges: set[_Exchange] = set()
+        self._look()
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        for exchange in self.exchanges:
+            if now - exchange.moved_at > self._seconds:
+                exchange.end()
+        self._loop.call_later(max(self._seconds / 16, 0.01), self._look)
+
+
+class _Exchange:
+    """A request and its answer, under watch; a context manager.
+
+    Raises TimeoutError when for `stall_timeout` seconds no piece of the body was taken and none of
+    the answer came. aiohttp's own timeout begins when the body is sent and a connection to the
+    server itself, not a proxy, is there.
+    """
+
+    def __init__(self, watch: _Watch, body: Any = None) -> None:
+        self.body = self if isinstance(body, AsyncIterator) else body
+        self.moved_at = time.monotonic()
+        self._pieces = body
+        self._watch = watch
+        self._stalled = False
         self._begun = False
 
-    async def __aenter__(self) -> Self:
-        await self._limit.__aenter__()
-        self._going_on = True
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - requests are made in tasks
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._watch.exchanges.add(self)
         return self
 
-    async def __aexit__(self, *error: Any) -> None:
-        self._going_on = False
-        await self._limit.__aexit__(*error)
+    def end(self) -> None:
+        """Cancel what waits for this exchange, once."""
+        if not self._stalled:
+            self._stalled = True
+            self._task.cancel()
 
-    def ended(self) -> None:
-        """The answer has begun: from here on aiohttp watches."""
-        self._going_on = False
-        self._limit.reschedule(None)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._watch.exchanges.discard(self)
+        # As asyncio.timeout does it: cancelled by the watch alone, or by somebody else as well?
+        if (
+            self._stalled
+            and self._task.uncancel() <= self._cancelling
+            and isinstance(error, asyncio.CancelledError)
+        ):
+            raise TimeoutError from error
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         # aiohttp sends a PUT again by itself when a connection it had kept breaks; before 3.14 it
@@ -484,12 +554,12 @@ class _Sending:
         if self._begun:
             raise ConnectionResetError("the connection broke")
         self._begun = True
-        return self._watched()
+        return self.watched(self._pieces)
 
-    async def _watched(self) -> AsyncIterator[bytes]:
-        async for piece in self._pieces:
-            if self._going_on:
-                self._limit.reschedule(asyncio.get_running_loop().time() + self._seconds)
+    async def watched(self, pieces: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+        """Yield the pieces, each of which is a sign of life."""
+        async for piece in pieces:
+            self.moved_at = time.monotonic()
             yield piece
 
 

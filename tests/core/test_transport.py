@@ -275,6 +275,26 @@ def test_whoever_never_answers_is_given_up_on(proxy, monkeypatch, scheme, words,
         stop.set()
 
 
+def test_an_answer_that_comes_slowly_is_not_given_up_on():
+    def answer_slowly(server: socket.socket) -> None:
+        connection = server.accept()[0]
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")
+        for byte in b"patience!":
+            stop.wait(0.2)
+            connection.sendall(bytes([byte]))
+        stop.wait(60)
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as slow:
+        stop = threading.Event()
+        threading.Thread(target=answer_slowly, args=(slow,), daemon=True).start()
+        policy = RetryPolicy(deadline=0, stall_timeout=1.0)
+        client = client_for(f"http://127.0.0.1:{slow.getsockname()[1]}")
+        with Transport(client, policy) as transport:
+            assert transport.run(transport.call("asking", "GET", "/")) == (200, b"patience!")
+        stop.set()
+
+
 def _accept(server: socket.socket, words: bytes, stop: threading.Event) -> None:
     connections = []
     with suppress(OSError):

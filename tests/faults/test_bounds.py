@@ -1,9 +1,12 @@
 """Bounds: memory for a file of any size, and requests in flight while the service is busy."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faultkit import (
+    BUCKET,
     FAST,
     Job,
     client_for,
@@ -16,6 +19,10 @@ from faultkit import (
     small_files,
 )
 
+from keras_remote_airflow.core import transport
+from keras_remote_airflow.core.hashing import take_snapshot
+from keras_remote_airflow.core.objects import Upload
+from keras_remote_airflow.core.store import GcsStore
 from keras_remote_airflow.core.transport import Limiter, RetryPolicy, Transport
 from keras_remote_airflow.testing import Fault, StorageServer
 
@@ -45,6 +52,9 @@ def test_one_large_file_takes_little_memory(tmp_path: Path) -> None:
 def test_fewer_requests_are_in_flight_while_the_service_asks_for_less(
     server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
+    # That this thread is busy is another reason to make fewer, see below.
+    monkeypatch.setattr(transport, "_BUSY", 2.0)
+    monkeypatch.setattr(transport, "_IDLE", 2.0)
     limits: list[float] = []
     throttled, succeeded = Limiter.throttled, Limiter.succeeded
 
@@ -59,6 +69,54 @@ def test_fewer_requests_are_in_flight_while_the_service_asks_for_less(
     assert halved
     assert max(limits[halved[-1] :]) > limits[halved[-1]]
     assert len(published(server)[str(result.content_hash)]) == 200
+
+
+def test_fewer_requests_are_in_flight_while_they_would_only_wait_for_us(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wall = cpu = 0.0
+    clocks = SimpleNamespace(monotonic=lambda: wall, thread_time=lambda: cpu)
+    monkeypatch.setattr(transport, "time", clocks)
+    limiter = Limiter(128, 1 << 20)
+
+    def answers(number: int, busy: float) -> float:
+        nonlocal wall, cpu
+        for _ in range(number):
+            wall, cpu = wall + 0.001, cpu + 0.001 * busy
+            limiter.succeeded()
+        return limiter.limit
+
+    assert answers(1000, busy=0.2) == 128  # the server keeps us waiting
+    assert answers(1000, busy=1.0) == 32  # it does not
+    assert answers(1000, busy=0.8) == 32  # just right
+    for _ in range(3):
+        limiter.throttled()
+        wall, cpu = wall + 10, cpu + 10
+    assert answers(1000, busy=1.0) == 4  # the service wants less than that
+    assert answers(1000, busy=0.2) > 4
+    assert Limiter(8, 1 << 20).limit == 8
+
+
+def test_more_requests_than_one_upload_makes_lose_no_file(
+    server: StorageServer, tmp_path: Path
+) -> None:
+    files = small_files(60)
+    snapshot = take_snapshot(make_tree(tmp_path / "data", files))
+    uploads = [
+        Upload(snapshot.local_path(r.path), r.path, r.size, r.mtime_ns, r.crc32c, r.digest)
+        for r in snapshot.records()
+    ]
+    with Transport(client_for(server.url), FAST, concurrency=1) as only_one_at_a_time:
+        store = GcsStore(BUCKET, only_one_at_a_time)
+        stored: list[str] = []
+        with ThreadPoolExecutor() as pool:
+            parts = [
+                pool.submit(store.upload, uploads[n::3], lambda u, _: stored.append(u.name))
+                for n in range(3)
+            ]
+            for part in parts:
+                part.result()
+    assert sorted(stored) == sorted(files) == sorted(server.objects(BUCKET))
 
 
 def test_pauses_grow_and_are_drawn_at_random() -> None:

@@ -10,7 +10,7 @@ import pytest
 from faultkit import BIG, Tap, content, do_upload, make_tree, published
 
 from keras_remote_airflow.core.errors import StoreError
-from keras_remote_airflow.core.transport import RetryPolicy, _Sending
+from keras_remote_airflow.core.transport import RetryPolicy, _Exchange, _Watch
 from keras_remote_airflow.testing import Fault, StorageServer
 
 
@@ -58,9 +58,10 @@ def test_a_body_is_never_sent_again_from_its_middle() -> None:
         yield b"second"
 
     async def send_twice() -> None:
-        async with _Sending(1.0, pieces()) as sending:
-            assert await anext(aiter(sending.body)) == b"first"
+        watch = _Watch(asyncio.get_running_loop(), 1.0)
+        with _Exchange(watch, pieces()) as exchange:
+            assert await anext(aiter(exchange.body)) == b"first"
             with pytest.raises(ConnectionError):
-                aiter(sending.body)
+                aiter(exchange.body)
 
     asyncio.run(send_twice())
