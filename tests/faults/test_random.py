@@ -20,7 +20,7 @@ from faultkit import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from keras_remote_airflow.core.cache import CacheKey, find, lookup, publish
 from keras_remote_airflow.core.errors import DataChangedError, IntegrityError
@@ -146,10 +146,12 @@ class Interleaving(RuleBasedStateMachine):
         assert result.content_hash in hashes_of(self.files)
         assert find(BUCKET, result.content_hash, client=self.client, retry=FAST) is not None
 
-    @precondition(lambda self: self.server.objects(BUCKET))
-    @rule(data=st.data())
-    def evict(self, data: st.DataObject) -> None:
-        self.server.delete(BUCKET, data.draw(st.sampled_from(sorted(self.server.objects(BUCKET)))))
+    # How many objects there are after an upload was cut short is a matter of luck: what is drawn
+    # must not depend on it, or hypothesis takes the strategies for flaky.
+    @rule(which=st.integers(0, 15))
+    def evict(self, which: int) -> None:
+        if objects := sorted(self.server.objects(BUCKET)):
+            self.server.delete(BUCKET, objects[which % len(objects)])
 
     @rule()
     def read(self) -> None:
