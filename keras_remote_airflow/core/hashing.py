@@ -50,9 +50,9 @@ _UNUSABLE = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
 # Of a large file at a time: what stays in a processor's cache between reading and hashing.
 _PIECE = 512 * 1024
 _HUGE = 64 * 1024 * 1024  # from here on reading ahead pays
-# Files that are hashed together before the time they took is looked at, the first time and at the
-# most; so many are open, and held in memory, at once.
+# Files that are hashed before the time they took is looked at, the first time and at the most.
 _FEW, _MANY = 8, 64
+_TOGETHER = 2  # that each of many threads has open at once
 # Seconds a file may keep us waiting before many are read at once. A file in memory takes some 10
 # microseconds, one on a local disk 100, one on a remote disk milliseconds.
 _PATIENCE = 0.00005
@@ -167,7 +167,7 @@ class Snapshot:
         crcs: "array[int]",
         digests: bytes,
     ) -> None:
-        """Note what these files were found to be, in any thread."""
+        """Note what these files, in ascending order, were found to be, in any thread."""
         if indices and indices[-1] - indices[0] == len(indices) - 1:
             these = slice(indices[0], indices[-1] + 1)
             self._sizes[these] = array("Q", [state.st_size for state in states])
@@ -358,11 +358,28 @@ class _Hasher:
             self._pending.popleft().result()
 
     def _hash_all(self, files: _Files, positions: Sequence[int]) -> None:
-        for position in self._hash_small(files, positions):
-            self._hash_large(files, position)
+        for start in range(0, len(positions), _TOGETHER):
+            for position in self._hash_small(files, positions[start : start + _TOGETHER]):
+                self._hash_large(files, position)
 
     def _hash_small(self, files: _Files, positions: Sequence[int]) -> list[int]:
         """Hash the small ones among these files, in any thread; return the positions of the others.
+
+        All at once, or, where so many files may not be open, fewer at a time.
+        """
+        try:
+            return self._hash_together(files, positions)
+        except OSError as exc:
+            if exc.errno not in (errno.EMFILE, errno.ENFILE) or len(positions) == 1:
+                raise
+        half = len(positions) // 2
+        return [
+            *self._hash_small(files, positions[:half]),
+            *self._hash_small(files, positions[half:]),
+        ]
+
+    def _hash_together(self, files: _Files, positions: Sequence[int]) -> list[int]:
+        """Do so with all of these files open at once, and in memory.
 
         What a million files pass through: each step is taken for all of them before the next one,
         which makes it a loop in C, or nearly so, and takes a tenth less time than file by file.

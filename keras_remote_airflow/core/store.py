@@ -41,7 +41,7 @@ from keras_remote_airflow.core.objects import (
     how_to_clear,
     untold,
 )
-from keras_remote_airflow.core.transport import RetryableError, Transport, refusal
+from keras_remote_airflow.core.transport import RetryableError, Transport, on_pause, refusal
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -49,6 +49,9 @@ _T = TypeVar("_T")
 # Custom metadata that carries a file's digest (see core.hashing), hex.
 DIGEST_KEY = "keras-remote-digest"
 
+# Transfers that go on at least, even if they wait for each other: what others on the same transport
+# do must not keep them from beginning.
+_FEW = 16
 # Up to this size a file travels in one request, above in a resumable session.
 _SINGLE_REQUEST = 8 << 20
 # Files up to this size are read whole; larger ones pass through in pieces of this size. It is a
@@ -171,8 +174,8 @@ class GcsStore:
     ) -> None:
         """Await `work` for every item, concurrently; the first error wins.
 
-        With as many workers as the transport makes requests: more would cost memory and time only
-        to wait.
+        There are as many workers as the transport makes requests, and those that pause before they
+        try again: more would cost memory and time only to wait.
         """
         waiting = iter(items)
         limiter = self._transport.limiter
@@ -183,19 +186,24 @@ class GcsStore:
             workers += 1
             group.create_task(worker())
 
+        def fill() -> None:
+            if workers < self._transport.concurrency and limiter.has_room():
+                start()
+
         async def worker() -> None:
             nonlocal workers
+            on_pause.set(fill)
             for item in waiting:
-                if workers < self._transport.concurrency and limiter.has_room():
-                    start()
+                fill()
                 await work(item)
-                if workers > 1 and limiter.is_crowded():
+                if workers > _FEW and limiter.is_crowded():
                     break
             workers -= 1
 
         try:
             async with asyncio.TaskGroup() as group:
-                start()
+                for _ in range(min(_FEW, self._transport.concurrency)):
+                    start()
         except BaseExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
 

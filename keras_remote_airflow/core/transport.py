@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType, TracebackType
@@ -54,15 +55,18 @@ _HOPELESS = (
     aiohttp.InvalidURL,
     aiohttp.NonHttpUrlClientError,
 )
-# What has not moved for too long is found by `_Watch`.
-_WATCHED = aiohttp.ClientTimeout(total=None, sock_connect=30)
+_CONNECT = 30.0  # seconds until a connection must be there
+# For what `_Watch` watches from beginning to end.
+_NO_READ_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT)
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _THREADS = 32  # for what blocks, such as reading from a slow disk: as many as hashing uses
-# The thread that makes the requests is busy, or has time for more, when it computes for these parts
-# of a round of answers; this many requests are enough to keep it busy.
+# CPU time over wall time of the thread that makes the requests: above the first it is busy, below
+# the second it has time for more of them.
 _BUSY, _IDLE = 0.9, 0.75
-_ENOUGH = 32.0
+_ENOUGH = 32.0  # requests in flight, to keep the thread busy
 _WARNING_INTERVAL = 10.0  # seconds between two warnings that something is tried again
+# Called in a task that is about to pause before it tries again: others can have its place.
+on_pause: ContextVar[Callable[[], None]] = ContextVar("on_pause", default=lambda: None)
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 
@@ -122,8 +126,8 @@ class Limiter:
         self._requests = 0
         self._bytes = 0
         self._throttled_at = 0.0
-        # The answers left of this round, the clocks when it began, how busy the thread was in the
-        # last one.
+        # The answers left of this round, the clocks when it began, and CPU time over wall time of
+        # the last one.
         self._answers = 0
         self._wall = self._cpu = self._busy = 0.0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
@@ -135,11 +139,11 @@ class Limiter:
 
     def has_room(self) -> bool:
         """Tell whether more than the next request would get a place at once."""
-        return not self._waiting and self._requests + 1 < self.limit
+        return not self.is_crowded() and self._requests + 1 < self.limit
 
     def is_crowded(self) -> bool:
         """Tell whether requests wait for a place."""
-        return bool(self._waiting)
+        return any(not turn.done() for _, turn in self._waiting)
 
     async def enter(self, size: int) -> None:
         """Take a place for a request that keeps `size` bytes in memory, as soon as one is free.
@@ -174,14 +178,14 @@ class Limiter:
 
     def succeeded(self) -> None:
         self._answers -= 1
-        if self._answers < 0:
-            self._measure()
+        if self._answers <= 0:
+            self._begin_round()
             if self._busy > _BUSY:
                 self.limit = max(min(_ENOUGH, self.limit), 0.75 * self.limit)
         if self.limit < self._maximum and self._busy < _IDLE:
             self.limit += 1.0 if self.limit < self._threshold else 1.0 / self.limit
 
-    def _measure(self) -> None:
+    def _begin_round(self) -> None:
         wall, cpu = time.monotonic(), time.thread_time()
         self._busy = (cpu - self._cpu) / max(wall - self._wall, 1e-6)
         self._answers, self._wall, self._cpu = int(self.limit), wall, cpu
@@ -246,12 +250,12 @@ class Transport:
         self._proxy = _proxy(self.endpoint)
         self._refreshing = asyncio.Lock()
         self._watch = _Watch(self._loop, self.policy.stall_timeout)
-        self._timeouts = aiohttp.ClientTimeout(
-            total=None, sock_connect=30, sock_read=self.policy.stall_timeout
-        )
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=_tls(self.endpoint, self._proxy)),
             cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=_CONNECT, sock_read=self.policy.stall_timeout
+            ),
             auto_decompress=False,
             # Without it Cloud Storage would send the decompressed bytes of gzip-encoded objects,
             # which are not the ones that size and CRC32C describe.
@@ -363,6 +367,7 @@ class Transport:
                     _describe(exc),
                     pause,
                 )
+                on_pause.get()()
                 await asyncio.sleep(pause)
             else:
                 return result
@@ -376,7 +381,13 @@ class Transport:
 
     @asynccontextmanager
     async def request(
-        self, what: str, method: str, url: str, *, expected: tuple[int, ...], **options: Any
+        self,
+        what: str,
+        method: str,
+        url: str,
+        *,
+        expected: tuple[int, ...],
+        headers: Mapping[str, str] = _NO_HEADERS,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Make one attempt at a request and yield the response once its status is `expected`.
 
@@ -387,26 +398,41 @@ class Transport:
             method: the HTTP method.
             url: below the endpoint, percent-encoded; or absolute, as an upload session's is.
             expected: statuses that the caller answers itself.
-            options: headers.
+            headers: beside those of every request.
         """
+        headers = await self._authorized(headers)
         # Once the answer has begun, aiohttp watches: whoever reads it may take their time.
         with _Exchange(self._watch):
-            response = await self._begin(
-                what, method, url, expected, timeouts=self._timeouts, **options
-            )
+            response = await self._begin(what, method, url, expected, headers)
         async with response:
             yield response
 
     async def exchange(
-        self, what: str, method: str, url: str, *, expected: tuple[int, ...], **options: Any
+        self,
+        what: str,
+        method: str,
+        url: str,
+        *,
+        expected: tuple[int, ...],
+        headers: Mapping[str, str] = _NO_HEADERS,
+        data: Any = None,
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Make one attempt at a request whose answer is small; return status, headers and body.
 
-        Parameters and errors are those of `request`; of the options there is also data: bytes, or
-        an asynchronous iterator over them.
+        Parameters and errors are those of `request`; `data` is bytes, or an asynchronous iterator
+        over them.
         """
-        with _Exchange(self._watch, options.pop("data", None)) as exchange:
-            response = await self._begin(what, method, url, expected, data=exchange.body, **options)
+        headers = await self._authorized(headers)
+        with _Exchange(self._watch, data) as exchange:
+            response = await self._begin(
+                what,
+                method,
+                url,
+                expected,
+                headers,
+                data=exchange.body,
+                timeout=_NO_READ_TIMEOUT,
+            )
             async with response:
                 body = [piece async for piece in exchange.watched(response.content.iter_any())]
                 return response.status, response.headers, b"".join(body)
@@ -417,21 +443,12 @@ class Transport:
         method: str,
         url: str,
         expected: tuple[int, ...],
-        *,
-        headers: Mapping[str, str] = _NO_HEADERS,
-        data: Any = None,
-        timeouts: aiohttp.ClientTimeout = _WATCHED,
+        headers: Mapping[str, str],
+        **options: Any,
     ) -> aiohttp.ClientResponse:
-        headers = {**headers, **await self._authorization()}
         full_url = URL(url if "://" in url else self.endpoint + url, encoded=True)
         response = await self._session.request(
-            method,
-            full_url,
-            headers=headers,
-            data=data,
-            proxy=self._proxy,
-            allow_redirects=False,
-            timeout=timeouts,
+            method, full_url, headers=headers, proxy=self._proxy, allow_redirects=False, **options
         )
         if response.status in expected:
             return response
@@ -461,17 +478,18 @@ class Transport:
 
         return await self.retrying(what, len(options.get("data") or b""), attempt)
 
-    async def _authorization(self) -> dict[str, str]:
+    async def _authorized(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the headers with the access token, which may have to be fetched."""
         credentials = self._credentials
         if credentials is None:
-            return {}
+            return headers
         if not credentials.valid:
             async with self._refreshing:
                 if not credentials.valid:
                     await asyncio.to_thread(_refresh, credentials)
-        headers: dict[str, str] = {}
-        credentials.apply(headers)
-        return headers
+        authorized = dict(headers)
+        credentials.apply(authorized)
+        return authorized
 
     def _may_reauthorize(self, refused: str | None) -> bool:
         """Forget a refused token so that the next attempt fetches another; only ever one."""
@@ -506,7 +524,8 @@ class _Watch:
 class _Exchange:
     """A request and its answer, under watch; a context manager.
 
-    Raises TimeoutError when for `stall_timeout` seconds no piece of the body was taken and none of
+    `body` is what to send, and passes `watched` if it comes in pieces. Raises TimeoutError when for
+    `stall_timeout` seconds no piece of the body was taken and none of
     the answer came. aiohttp's own timeout begins when the body is sent and a connection to the
     server itself, not a proxy, is there.
     """

@@ -5,6 +5,8 @@ import hashlib
 import logging
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -297,3 +299,21 @@ def test_of_names_that_are_not_utf8_the_right_one_is_told(tmp_path):
             pass
     with pytest.raises(InvalidInputError, match=r"b\\xff'"):
         take_snapshot(os.fsdecode(root))
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["in memory", "on a slow disk"])
+def test_few_descriptors_are_enough(tmp_path, waiting):
+    for n in range(300):
+        (tmp_path / str(n)).write_bytes(bytes([n % 256]) * n)
+    script = (
+        "import sys\n"
+        "from resource import RLIMIT_NOFILE, getrlimit, setrlimit\n"
+        "from keras_remote_airflow.core import hashing\n"
+        f"hashing._PATIENCE = {-1 if waiting else 1}\n"
+        f"setrlimit(RLIMIT_NOFILE, ({120 if waiting else 40}, getrlimit(RLIMIT_NOFILE)[1]))\n"
+        "print(hashing.take_snapshot(sys.argv[1]).content_hash)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == take_snapshot(str(tmp_path)).content_hash, done.stderr

@@ -1,6 +1,8 @@
 """Bounds: memory for a file of any size, and requests in flight while the service is busy."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,15 +99,35 @@ def test_fewer_requests_are_in_flight_while_they_would_only_wait_for_us(
     assert Limiter(8, 1 << 20).limit == 8
 
 
+def uploads_of(path: str) -> list[Upload]:
+    snapshot = take_snapshot(path)
+    return [
+        Upload(snapshot.local_path(r.path), r.path, r.size, r.mtime_ns, r.crc32c, r.digest)
+        for r in snapshot.records()
+    ]
+
+
+def test_a_pause_before_another_attempt_holds_up_no_other_file(
+    server: StorageServer, tmp_path: Path
+) -> None:
+    uploads = uploads_of(make_tree(tmp_path / "data", small_files(200)))
+    server.add_fault(Fault(method="POST", times=16, status=503, headers={"Retry-After": "5"}))
+    stored: dict[str, float] = {}
+    with Transport(client_for(server.url), UNHURRIED) as transport:
+        GcsStore(BUCKET, transport).upload(
+            uploads, lambda upload, _: stored.setdefault(upload.name, time.monotonic())
+        )
+    at = sorted(stored.values())
+    assert len(at) == 200
+    longest_gap = max(later - earlier for earlier, later in pairwise(at))
+    assert at[184] - at[183] == longest_gap  # the others did not wait for the 16
+
+
 def test_more_requests_than_one_upload_makes_lose_no_file(
     server: StorageServer, tmp_path: Path
 ) -> None:
     files = small_files(60)
-    snapshot = take_snapshot(make_tree(tmp_path / "data", files))
-    uploads = [
-        Upload(snapshot.local_path(r.path), r.path, r.size, r.mtime_ns, r.crc32c, r.digest)
-        for r in snapshot.records()
-    ]
+    uploads = uploads_of(make_tree(tmp_path / "data", files))
     with Transport(client_for(server.url), FAST, concurrency=1) as only_one_at_a_time:
         store = GcsStore(BUCKET, only_one_at_a_time)
         stored: list[str] = []

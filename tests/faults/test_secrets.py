@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import stat
+import time
 import traceback
 import urllib.error
 import urllib.request
@@ -17,6 +18,7 @@ from faultkit import BUCKET, FAST, client_for, content, make_tree, published
 from keras_remote_airflow.core.cache import upload
 from keras_remote_airflow.core.errors import InvalidInputError, StoreError
 from keras_remote_airflow.core.refs import make_data_ref, parse_data_ref
+from keras_remote_airflow.core.transport import RetryPolicy
 from keras_remote_airflow.testing import Fault, StorageServer
 
 FILES = {"a": b"a", "b": b"b", "big": content(9 << 20)}
@@ -45,6 +47,18 @@ def test_a_refused_token_is_refreshed_once(server: StorageServer, tmp_path: Path
     result = upload(BUCKET, path, client=client, retry=FAST)
     assert published(server) == {result.content_hash: set(FILES)}
     assert credentials.refreshes == 2
+
+
+def test_a_token_may_take_longer_to_fetch_than_an_answer(
+    server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credentials = rotating_credentials()
+    refresh = credentials.refresh
+    monkeypatch.setattr(credentials, "refresh", lambda _: (time.sleep(1), refresh(_)))
+    once = RetryPolicy(deadline=0, stall_timeout=0.3)
+    client = client_for(server.url, credentials)
+    upload(BUCKET, make_tree(tmp_path / "data", FILES), client=client, retry=once)
+    assert credentials.refreshes == 1
 
 
 def test_credentials_that_stay_refused_are_an_error_without_the_token(
