@@ -524,10 +524,10 @@ class _Watch:
 class _Exchange:
     """A request and its answer, under watch; a context manager.
 
-    `body` is what to send, and passes `watched` if it comes in pieces. Raises TimeoutError when for
-    `stall_timeout` seconds no piece of the body was taken and none of
-    the answer came. aiohttp's own timeout begins when the body is sent and a connection to the
-    server itself, not a proxy, is there.
+    `body` is what to send; its pieces, if it comes in pieces, pass `watched`. Raises TimeoutError
+    when for `stall_timeout` seconds no piece of it was taken and none of the answer came. aiohttp's
+    own timeout begins when the body is sent and a connection to the server itself, not a proxy, is
+    there.
     """
 
     def __init__(self, watch: _Watch, body: Any = None) -> None:
