@@ -50,9 +50,9 @@ _UNUSABLE = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
 # Of a large file at a time: what stays in a processor's cache between reading and hashing.
 _PIECE = 512 * 1024
 _HUGE = 64 * 1024 * 1024  # from here on reading ahead pays
-# Files that are hashed before the time they took is looked at, the first time and at the most.
+# Files that are hashed before the time they took is looked at, the first time and at the most; and
+# that a thread is given, where many read.
 _FEW, _MANY = 8, 64
-_TOGETHER = 2  # that each of many threads has open at once
 # Seconds a file may keep us waiting before many are read at once. A file in memory takes some 10
 # microseconds, one on a local disk 100, one on a remote disk milliseconds.
 _PATIENCE = 0.00005
@@ -358,8 +358,8 @@ class _Hasher:
             self._pending.popleft().result()
 
     def _hash_all(self, files: _Files, positions: Sequence[int]) -> None:
-        for start in range(0, len(positions), _TOGETHER):
-            for position in self._hash_small(files, positions[start : start + _TOGETHER]):
+        for position in positions:  # one by one: all threads together have enough files open
+            if self._hash_small(files, [position]):
                 self._hash_large(files, position)
 
     def _hash_small(self, files: _Files, positions: Sequence[int]) -> list[int]:
@@ -373,7 +373,7 @@ class _Hasher:
         except OSError as exc:
             if exc.errno not in (errno.EMFILE, errno.ENFILE) or len(positions) == 1:
                 raise
-            # So many may not be open at once: fewer at a time.
+            # This process has too many files open: fewer at a time.
             half = len(positions) // 2
             return [
                 *self._hash_small(files, positions[:half]),

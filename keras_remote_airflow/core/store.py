@@ -41,7 +41,7 @@ from keras_remote_airflow.core.objects import (
     how_to_clear,
     untold,
 )
-from keras_remote_airflow.core.transport import RetryableError, Transport, on_pause, refusal
+from keras_remote_airflow.core.transport import RetryableError, Transport, pausing, refusal
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -49,8 +49,8 @@ _T = TypeVar("_T")
 # Custom metadata that carries a file's digest (see core.hashing), hex.
 DIGEST_KEY = "keras-remote-digest"
 
-# Transfers that go on at least, even if they wait for each other: what others on the same transport
-# do must not keep them from beginning.
+# Transfers under way at least, those that pause not counted, even if they wait for each other: what
+# else goes on on the same transport must not keep them from beginning.
 _FEW = 16
 # Up to this size a file travels in one request, above in a resumable session.
 _SINGLE_REQUEST = 8 << 20
@@ -174,36 +174,44 @@ class GcsStore:
     ) -> None:
         """Await `work` for every item, concurrently; the first error wins.
 
-        There are as many workers as the transport makes requests, and those that pause before they
-        try again: more would cost memory and time only to wait.
+        With as many workers as the transport makes requests, and others for those that pause before
+        they try again, up to its concurrency: more would cost memory and time only to wait.
         """
         waiting = iter(items)
         limiter = self._transport.limiter
-        workers = 0
-
-        def start() -> None:
-            nonlocal workers
-            workers += 1
-            group.create_task(worker())
+        workers = paused = 0
 
         def fill() -> None:
-            if workers < self._transport.concurrency and limiter.has_room():
-                start()
+            nonlocal workers
+            if workers < self._transport.concurrency and (
+                workers - paused < _FEW or limiter.has_room()
+            ):
+                workers += 1
+                group.create_task(worker())
+
+        @contextmanager
+        def pause() -> Iterator[None]:
+            nonlocal paused
+            paused += 1
+            try:
+                fill()
+                yield
+            finally:
+                paused -= 1
 
         async def worker() -> None:
             nonlocal workers
-            on_pause.set(fill)
+            pausing.set(pause)
             for item in waiting:
                 fill()
                 await work(item)
-                if workers > _FEW and limiter.is_crowded():
+                if workers - paused > _FEW and limiter.is_crowded():
                     break
             workers -= 1
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(_FEW, self._transport.concurrency)):
-                    start()
+                fill()
         except BaseExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
 

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,8 +65,10 @@ _THREADS = 32  # for what blocks, such as reading from a slow disk: as many as h
 _BUSY, _IDLE = 0.9, 0.75
 _ENOUGH = 32.0  # requests in flight, to keep the thread busy
 _WARNING_INTERVAL = 10.0  # seconds between two warnings that something is tried again
-# Called in a task that is about to pause before it tries again: others can have its place.
-on_pause: ContextVar[Callable[[], None]] = ContextVar("on_pause", default=lambda: None)
+# Entered while a task pauses before it tries again: others may go on in its place.
+pausing: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVar(
+    "pausing", default=nullcontext
+)
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 
@@ -183,7 +185,8 @@ class Limiter:
             if self._busy > _BUSY:
                 self.limit = max(min(_ENOUGH, self.limit), 0.75 * self.limit)
         if self.limit < self._maximum and self._busy < _IDLE:
-            self.limit += 1.0 if self.limit < self._threshold else 1.0 / self.limit
+            more = 1.0 if self.limit < self._threshold else 1.0 / self.limit
+            self.limit = min(self._maximum, self.limit + more)
 
     def _begin_round(self) -> None:
         wall, cpu = time.monotonic(), time.thread_time()
@@ -286,6 +289,7 @@ class Transport:
         finished = threading.Event()
 
         async def supervised() -> _T:
+            pausing.set(nullcontext)  # the caller's context may be that of another transport's task
             try:
                 return await work
             finally:
@@ -367,8 +371,8 @@ class Transport:
                     _describe(exc),
                     pause,
                 )
-                on_pause.get()()
-                await asyncio.sleep(pause)
+                with pausing.get()():
+                    await asyncio.sleep(pause)
             else:
                 return result
 

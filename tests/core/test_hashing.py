@@ -310,7 +310,7 @@ def test_few_descriptors_are_enough(tmp_path, waiting):
         "from resource import RLIMIT_NOFILE, getrlimit, setrlimit\n"
         "from keras_remote_airflow.core import hashing\n"
         f"hashing._PATIENCE = {-1 if waiting else 1}\n"
-        f"setrlimit(RLIMIT_NOFILE, ({120 if waiting else 40}, getrlimit(RLIMIT_NOFILE)[1]))\n"
+        f"setrlimit(RLIMIT_NOFILE, ({90 if waiting else 40}, getrlimit(RLIMIT_NOFILE)[1]))\n"
         "print(hashing.take_snapshot(sys.argv[1]).content_hash)\n"
     )
     done = subprocess.run(

@@ -107,9 +107,11 @@ def uploads_of(path: str) -> list[Upload]:
     ]
 
 
+@pytest.mark.parametrize("limit", [1.0, 16.0])
 def test_a_pause_before_another_attempt_holds_up_no_other_file(
-    server: StorageServer, tmp_path: Path
+    server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
 ) -> None:
+    monkeypatch.setattr(Limiter, "throttled", lambda self: setattr(self, "limit", limit))
     uploads = uploads_of(make_tree(tmp_path / "data", small_files(200)))
     server.add_fault(Fault(method="POST", times=16, status=503, headers={"Retry-After": "5"}))
     stored: dict[str, float] = {}
