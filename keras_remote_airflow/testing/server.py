@@ -188,10 +188,16 @@ class StorageServer:
         ready.append(None)
         event.set()
         await self._stopping.wait()
+        # First accept no more, and close what was accepted only just now, each by a task of the
+        # loop's: those tasks drop their connections unclosed once the server is closed, and whoever
+        # is connected waits for ever.
+        for listener in server.sockets:
+            self._loop.remove_reader(listener.fileno())
+        while self._connections or len(asyncio.all_tasks()) > 1:
+            for connection in list(self._connections):
+                connection.abort()
+            await asyncio.sleep(0)
         server.close()
-        for connection in list(self._connections):
-            connection.abort()
-        await asyncio.sleep(0)  # let the transports close their sockets
 
 
 class _App:

@@ -114,9 +114,13 @@ def serving(relay: Relay) -> Iterator[Relay]:
 
 @pytest.fixture
 def proxy(gcs_server, monkeypatch) -> Iterator[Relay]:
-    """A proxy that leads to the server, and the environment that names it."""
-    for name in ("http_proxy", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"):
+    """A proxy that leads to the server, and the environment that names it.
+
+    For names, not for addresses of this machine: what else runs in this process must not use it.
+    """
+    for name in ("http_proxy", "HTTPS_PROXY", "https_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     with serving(Relay(gcs_server.url)) as relay:
         monkeypatch.setenv("http_proxy", relay.url)
         yield relay
