@@ -211,6 +211,30 @@ def test_stopping_the_server_ends_stalled_connections(new_caller: Any) -> None:
     server.stop()
 
 
+def test_stopping_the_server_ends_connections_that_were_just_made() -> None:
+    server = StorageServer(buckets=["demo"]).start()
+    for _ in range(30):
+        sockets: list[socket.socket] = []
+
+        def connect(sockets: list[socket.socket]) -> None:
+            with contextlib.suppress(OSError):
+                while len(sockets) < 200:
+                    sockets.append(socket.create_connection((server.host, server.port), timeout=10))
+
+        visitor = threading.Thread(target=connect, args=(sockets,))
+        visitor.start()
+        while not sockets:
+            threading.Event().wait(0.001)
+        server.stop()
+        visitor.join()
+        for raw in sockets:
+            with contextlib.suppress(ConnectionResetError):
+                assert raw.recv(1) == b""  # a connection forgotten would time out
+            raw.close()
+        server.start()
+    server.stop()
+
+
 def test_a_fault_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="nth counts from 1"):
         Fault(nth=0)
