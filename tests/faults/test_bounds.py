@@ -111,12 +111,13 @@ def uploads_of(path: str) -> list[Upload]:
 def test_a_pause_before_another_attempt_holds_up_no_other_file(
     server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
 ) -> None:
-    monkeypatch.setattr(Limiter, "throttled", lambda self: setattr(self, "limit", limit))
+    monkeypatch.setattr(Limiter, "throttled", lambda self: None)
     uploads = uploads_of(make_tree(tmp_path / "data", small_files(200)))
     server.add_fault(Fault(method="POST", times=16, status=503, headers={"Retry-After": "5"}))
     stored: dict[str, float] = {}
-    with Transport(client_for(server.url), UNHURRIED) as transport:
-        GcsStore(BUCKET, transport).upload(
+    with Transport(client_for(server.url), UNHURRIED) as slow:
+        slow.limiter.limit = limit
+        GcsStore(BUCKET, slow).upload(
             uploads, lambda upload, _: stored.setdefault(upload.name, time.monotonic())
         )
     at = sorted(stored.values())
