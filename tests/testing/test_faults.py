@@ -213,26 +213,24 @@ def test_stopping_the_server_ends_stalled_connections(new_caller: Any) -> None:
 
 def test_stopping_the_server_ends_connections_that_were_just_made() -> None:
     server = StorageServer(buckets=["demo"]).start()
-    for _ in range(30):
-        sockets: list[socket.socket] = []
+    loop, stopping = server._loop, server._stopping
+    assert loop is not None
+    assert stopping is not None
+    visitors: list[socket.socket] = []
 
-        def connect(sockets: list[socket.socket]) -> None:
-            with contextlib.suppress(OSError):
-                while len(sockets) < 200:
-                    sockets.append(socket.create_connection((server.host, server.port), timeout=10))
+    def visit() -> None:
+        # In the loop's thread, so that it accepts them in the very round in which it is stopped.
+        where = (server.host, server.port)
+        visitors.extend(socket.create_connection(where, timeout=10) for _ in range(10))
+        loop.call_soon(stopping.set)
 
-        visitor = threading.Thread(target=connect, args=(sockets,))
-        visitor.start()
-        while not sockets:
-            threading.Event().wait(0.001)
-        server.stop()
-        visitor.join()
-        for raw in sockets:
-            with contextlib.suppress(ConnectionResetError):
-                assert raw.recv(1) == b""  # a connection forgotten would time out
-            raw.close()
-        server.start()
+    loop.call_soon_threadsafe(visit)
+    while not stopping.is_set():
+        threading.Event().wait(0.001)
     server.stop()
+    for raw in visitors:
+        with raw, contextlib.suppress(ConnectionResetError):
+            assert raw.recv(1) == b""  # a connection forgotten would time out
 
 
 def test_a_fault_that_makes_no_sense_is_refused() -> None:
