@@ -222,6 +222,7 @@ class Transport:
         self._credentials = _scoped(client._credentials)
         self._next_warning = 0.0
         self._refused_authorization: str | None = None
+        self._refresh: asyncio.Future[None] | None = None
         self._pid = os.getpid()
         self._loop = asyncio.new_event_loop()
         # For what blocks: reading from slow disks, fetching tokens. Threads start when needed.
@@ -245,13 +246,12 @@ class Transport:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self._submit(self._session.close()).result(timeout=10)
+            self._submit(self._close()).result(timeout=10)
         finally:
             self._stop()
 
     async def _open(self) -> None:
         self._proxy = _proxy(self.endpoint)
-        self._refreshing = asyncio.Lock()
         self._watch = _Watch(self._loop, self.policy.stall_timeout)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=_tls(self.endpoint, self._proxy)),
@@ -268,6 +268,11 @@ class Transport:
         # aiohttp sends a PUT again by itself when a connection it had kept breaks: large uploads
         # would start anew instead of going on. It has no public switch for that.
         self._session._retry_connection = False
+
+    async def _close(self) -> None:
+        if self._refresh:
+            self._refresh.cancel()
+        await self._session.close()
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run `work` on the transport's loop and return its result.
@@ -488,9 +493,11 @@ class Transport:
         if credentials is None:
             return headers
         if not credentials.valid:
-            async with self._refreshing:
-                if not credentials.valid:
-                    await asyncio.to_thread(_refresh, credentials)
+            # One fetch for all who wait, and its failure is everybody's: if each tried in turn, a
+            # token server that never answers would hold us up for as many times its timeout.
+            if self._refresh is None or self._refresh.done():
+                self._refresh = self._loop.run_in_executor(None, _refresh, credentials)
+            await asyncio.shield(self._refresh)
         authorized = dict(headers)
         credentials.apply(authorized)
         return authorized

@@ -1,5 +1,6 @@
 """How requests get to Cloud Storage: whose account pays, through which proxy, with which token."""
 
+import asyncio
 import datetime
 import http.client
 import http.server
@@ -7,6 +8,7 @@ import shutil
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from email.message import Message
@@ -16,6 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from google.auth.credentials import AnonymousCredentials
+from google.auth.exceptions import TransportError
 from google.cloud import storage
 from google.oauth2.credentials import Credentials
 
@@ -258,6 +261,30 @@ def test_token_that_expires_under_way_is_refreshed_once(proxy, gcs_bucket, tree)
     tokens = [headers["Authorization"] for _, _, headers in proxy.seen]
     assert tokens.count("Bearer token-1") >= 60
     assert tokens.count("Bearer token-2") == 200 - tokens.count("Bearer token-1") > 0
+
+
+class Stuck(ShortLived):
+    """A token that cannot be fetched, which takes a while to tell."""
+
+    def refresh(self, request: object) -> None:
+        self.refreshes += 1
+        time.sleep(0.3)
+        raise TransportError("the token server does not answer")
+
+
+def test_token_that_cannot_be_fetched_holds_up_all_requests_together(gcs_server):
+    async def requests() -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(16):
+                group.create_task(transport.call("looking", "GET", "/storage/v1/b"))
+
+    credentials = Stuck()
+    client = client_for(gcs_server.url, credentials)
+    policy = RetryPolicy(deadline=0.5, initial=0.01)
+    with Transport(client, policy) as transport, pytest.raises(ExceptionGroup) as raised:
+        transport.run(requests())
+    assert "token server does not answer" in str(raised.value.exceptions[0])
+    assert credentials.refreshes <= 4  # in turn, the first would try again after 16
 
 
 @pytest.mark.parametrize("size", [0, 100, 100_000], ids=["no body", "small", "large"])
