@@ -433,7 +433,7 @@ def _check_names(snapshot: "Snapshot", key: CacheKey) -> None:
 def _warn_if_odd(snapshot: "Snapshot") -> None:
     if not len(snapshot):
         _log.warning(
-            "%s is an empty directory: a dataset without files. Is the volume mounted?",
+            "%s holds no files: an empty dataset. Is the volume mounted?",
             snapshot.root,
         )
     if snapshot.total_bytes > _LARGE:

@@ -252,6 +252,9 @@ def test_unknown_option_is_refused_before_anything_is_read(option, gcs_server, g
     assert gcs_server.requests == []
 
 
-def test_empty_directory_is_published_with_a_warning(tmp_path, gcs_bucket, caplog):
+@pytest.mark.parametrize("linked", [False, True])
+def test_directory_without_files_is_published_with_a_warning(linked, tmp_path, gcs_bucket, caplog):
+    if linked:
+        (tmp_path / "elsewhere").symlink_to("/usr", target_is_directory=True)
     upload(gcs_bucket, tmp_path)
-    assert f"{tmp_path} is an empty directory" in caplog.text
+    assert f"{tmp_path} holds no files" in caplog.text
