@@ -192,13 +192,17 @@ class Snapshot:
 EMPTY_DIRECTORY_HASH = hashlib.sha256(b"dir:").hexdigest()
 
 
-def take_snapshot(path: str, hash_index: str | None = None) -> Snapshot:
+def take_snapshot(
+    path: str, hash_index: str | None = None, expected: tuple[int, int] | None = None
+) -> Snapshot:
     """Read a local file or directory once.
 
     Args:
         path: absolute local path.
         hash_index: file of a hash index (see `core.index`), which is read, and written if anything
             is new: files that it knows and that are unchanged are not read. None reads every file.
+        expected: how many files and bytes are there, if that is known: progress can then tell the
+            time left. Of a single file it is known anyway.
 
     Returns:
         The snapshot, content hash included.
@@ -213,6 +217,10 @@ def take_snapshot(path: str, hash_index: str | None = None) -> Snapshot:
     snapshot = Snapshot(path, is_dir)
     progress = Progress(_log, f"Hashing {path}")
     index = HashIndex(hash_index, path) if hash_index else None
+    if not is_dir and os.path.exists(path):
+        expected = 1, os.path.getsize(path)
+    if expected:
+        progress.expect(*expected)
     with progress, _Hasher(snapshot, progress) as hasher:
         for folder, names in _walk(path) if is_dir else [_single(path)]:
             paths = _encode(path, folder, names)

@@ -267,7 +267,8 @@ def _fetch(source: _RefData, folder: str, final: str) -> str:
                 "URI; if a lifecycle rule deleted them, have the data uploaded again."
             )
         whole = partial if source.ref.is_dir else os.path.join(partial, os.path.basename(final))
-        problem = source.problem(take_snapshot(whole))
+        downloaded = progress.files, progress.bytes
+        problem = source.problem(take_snapshot(whole, expected=downloaded))
         if problem:
             raise IntegrityError(
                 f"{source.ref.gcs_uri} is not what its ref names: {problem}. Nothing was left at "

@@ -10,6 +10,7 @@ import struct
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,6 +160,19 @@ def test_a_file_modified_just_before_it_was_hashed_is_not_recorded(tree, index, 
     opened = _reads(monkeypatch)
     take_snapshot(str(tree), index)
     assert {"a", "c", "d", "é"} <= set(opened)
+
+
+@pytest.mark.parametrize(("later_ns", "is_recorded"), [(0, False), (1, True)])
+def test_only_what_was_modified_more_than_two_seconds_ago_is_recorded(
+    tree, index, later_ns, is_recorded, monkeypatch
+):
+    newest = max(os.stat(path).st_ctime_ns for path in tree.rglob("*") if path.is_file())
+    clock = SimpleNamespace(time_ns=lambda: newest + 2_000_000_000 + later_ns)
+    monkeypatch.setattr("keras_remote_airflow.core.index.time", clock)
+    take_snapshot(str(tree), index)
+    opened = _reads(monkeypatch)
+    take_snapshot(str(tree), index)
+    assert (not {"a", "c", "d", "é"} & set(opened)) == is_recorded
 
 
 @pytest.mark.usefixtures("no_collection")

@@ -170,6 +170,17 @@ def test_one_large_file_is_told_of_on_its_way_up_and_down(tree, gcs_bucket, told
         assert len(set(steps)) > 10
 
 
+def test_hashing_has_a_total_of_one_file_and_of_what_was_downloaded(
+    tree, gcs_bucket, told, tmp_path
+):
+    root = tree({"large.bin": bytes(20 << 20)})
+    take_snapshot(str(root / "large.bin"))
+    assert amounts(told(), "Hashing")[-1] == "21.0 MB of 21.0 MB"
+    ref = make_data_ref(upload(gcs_bucket, root).gcs_uri, True)
+    materialize(ref, str(tmp_path / "copy"))
+    assert amounts(told(), f"Hashing {tmp_path}/.keras-remote")[-1] == "21.0 MB of 21.0 MB"
+
+
 def test_download_of_more_than_one_batch_has_the_totals_of_the_receipt(
     tree, gcs_bucket, told, tmp_path, monkeypatch
 ):

@@ -74,7 +74,7 @@ MUTATIONS = {
     ),
     "download not verified": (
         "core/materialize.py",
-        "        problem = source.problem(take_snapshot(whole))\n",
+        "        problem = source.problem(take_snapshot(whole, expected=downloaded))\n",
         "        problem = None\n",
         "test_read_back.py",
     ),
@@ -108,6 +108,12 @@ MUTATIONS = {
         "                if True:\n                    session = await",
         "test_crash.py",
     ),
+    "no bound on bytes in flight": (
+        "core/transport.py",
+        "not self._requests or self._bytes + size <= self._max_bytes",
+        "True",
+        "test_bounds.py",
+    ),
     "no watch over sending": (
         "core/transport.py",
         "                exchange.end()",
@@ -119,6 +125,18 @@ MUTATIONS = {
         '    return re.sub(r"\\?[^\\s\'\\"]+", "?…", text)\n',
         "    return text\n",
         "test_tap.py",
+    ),
+    "hash index trusted too soon": (
+        "core/index.py",
+        "            if max(file.mtime_ns, ctime) < settled:\n",
+        "            if True:\n",
+        "../core/test_index.py",
+    ),
+    "hash index blind for ctime": (
+        "core/index.py",
+        "            and ctimes[index] == state.st_ctime_ns\n",
+        "",
+        "../core/test_index.py",
     ),
     "uploaders in step": (
         "core/cache.py",
@@ -164,7 +182,7 @@ def run(copy: Path, tests: list[str]) -> str:
         text=True,
         check=False,
     )
-    found = re.search(r"^(?:FAILED|ERROR) tests/faults/(\S+)", process.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) tests/\w+/(\S+)", process.stdout, re.MULTILINE)
     if found:
         return found[1]
     return "" if process.returncode == 0 else f"died: {process.stdout[-300:]}"

@@ -1,6 +1,8 @@
 """Bounds: memory for a file of any size, and requests in flight while the service is busy."""
 
+import asyncio
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -97,6 +99,57 @@ def test_fewer_requests_are_in_flight_while_they_would_only_wait_for_us(
     assert answers(1000, busy=1.0) == 4  # the service wants less than that
     assert answers(1000, busy=0.2) > 4
     assert Limiter(8, 1 << 20).limit == 8
+
+
+def test_a_snapshot_keeps_little_of_each_file(tmp_path: Path) -> None:
+    path = make_tree(tmp_path / "data", small_files(2000))
+    take_snapshot(path)  # what is imported and opened the first time is no part of it
+    tracemalloc.start()
+    snapshot = take_snapshot(path)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 120 * len(snapshot)  # an object with a name and a digest takes more than twice
+
+
+def test_bytes_in_flight_have_a_bound_and_what_is_larger_goes_alone() -> None:
+    async def enter_and_leave() -> list[str]:
+        limiter = Limiter(128, 100)
+        story: list[str] = []
+
+        async def request(name: str, size: int) -> None:
+            await limiter.enter(size)
+            story.append(name)
+
+        async def let_run() -> None:
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+        async with asyncio.TaskGroup() as group:
+            for name, size in {"a": 60, "b": 40, "c": 1, "huge": 1000, "d": 1}.items():
+                task = group.create_task(request(name, size))
+                if name == "c":
+                    given_up = task
+            await let_run()
+            story.append("full")
+            given_up.cancel()  # who no longer waits takes no place
+            limiter.leave(60)
+            await let_run()
+            story.append("the large one waits for an empty line")
+            limiter.leave(40)
+            await let_run()
+            story.append("and goes alone")
+            limiter.leave(1000)
+        return story
+
+    assert asyncio.run(enter_and_leave()) == [
+        "a",
+        "b",
+        "full",
+        "the large one waits for an empty line",
+        "huge",
+        "and goes alone",
+        "d",
+    ]
 
 
 def uploads_of(path: str) -> list[Upload]:
