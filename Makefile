@@ -54,8 +54,9 @@ lint: $(VENV)/.installed ## ruff and mypy
 lowest: $(VENV)-lowest/.installed ## run the suite with the lowest versions pyproject.toml allows
 	@$(VENV)-lowest/bin/python -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)-bench/.installed ## measure against keras-kinetic and others; a quarter of an hour
+bench: $(VENV)-bench/.installed ## measure against keras-kinetic and others; twenty minutes
 	@$(VENV)-bench/bin/python tests/benchmarks/run.py $(BENCH_ARGS)
+	@$(VENV)-bench/bin/python tests/benchmarks/pages.py
 
 constraints: $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench constraints-kinetic ## pin the newest versions again, for every Airflow line
 

@@ -1,6 +1,6 @@
 """The data that is benchmarked, made once below one folder and reused.
 
-    S        20,000 files of 4 KiB in 200 nested folders
+    S        20,000 files of 4 KiB in 220 nested folders
     S5000    the first 5,000 of them; S2000 and S500 likewise (hard links, for slow contenders)
     M        200 files of 4 MiB
     L        one file of 2 GiB

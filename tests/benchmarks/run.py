@@ -1,6 +1,6 @@
 """The benchmark: ours beside keras-kinetic 0.0.4 and what else stores files on Cloud Storage.
 
-    make bench                                        all of it, about a quarter of an hour
+    make bench                                        all of it, about twenty minutes
     make bench BENCH_ARGS='--quick'                   a look whether it works, in a minute
     make bench BENCH_ARGS='--only "upload/*" --rounds 1'
 

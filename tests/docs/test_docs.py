@@ -20,6 +20,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -463,3 +464,10 @@ def test_docstrings_have_every_parameter_and_no_other(module, name):
 
 def test_the_readme_is_one_page():
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+
+
+def test_pages_show_the_figures_of_the_last_benchmark():
+    benchmark = runpy.run_path(str(REPOSITORY / "tests/benchmarks/pages.py"))
+    figures = json.loads((DOCS / "benchmark.json").read_text())
+    for page, (_, write) in benchmark["SECTIONS"].items():
+        assert write(figures).strip() in (REPOSITORY / page).read_text(encoding="utf-8")
