@@ -225,7 +225,7 @@ def test_stopping_the_server_ends_connections_that_were_just_made() -> None:
         loop.call_soon(stopping.set)
 
     loop.call_soon_threadsafe(visit)
-    while not stopping.is_set():
+    while not loop.is_closed():
         threading.Event().wait(0.001)
     server.stop()
     for raw in visitors:
