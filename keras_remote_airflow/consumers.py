@@ -34,6 +34,7 @@ _COMMAND = ["python", "-m", "keras_remote_airflow.materialize"]
 # Where an init container sees the volume. The data goes into a directory inside, because a mount
 # point cannot be renamed into place.
 _VOLUME_PATH = "/keras-remote"
+_STARTUP_TIMEOUT = 3600
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 
 
@@ -87,7 +88,7 @@ def materialize_pod_kwargs(
     name: str = "data",
     volume: Mapping[str, Any] | None = None,
     container: Mapping[str, Any] | None = None,
-    startup_timeout_seconds: int = 3600,
+    startup_timeout_seconds: int | None = None,
     add_to: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Download and verify the dataset in an init container, for a pod on any cluster.
@@ -103,8 +104,9 @@ def materialize_pod_kwargs(
         volume: the source of the volume that holds the data, as in a pod's YAML; None is an
             emptyDir, on the disk of the node.
         container: more fields of the init container, as in a pod's YAML, such as `resources`.
-        startup_timeout_seconds: time that the pod may take to start once it is scheduled. The
-            operator's own default of 120 s would have to suffice for the download.
+        startup_timeout_seconds: seconds that the pod may take to start once it is scheduled, all
+            downloads included; None keeps what `add_to` says, else 3600 (the operator's own default
+            is 120).
         add_to: as for `gcsfuse_pod_kwargs`.
 
     Returns:
@@ -130,7 +132,9 @@ def materialize_pod_kwargs(
     if logs is not True:
         others = [logs] if isinstance(logs, str) else logs
         pod.kwargs["init_container_logs"] = [*others, pod.label]
-    pod.kwargs.setdefault("startup_timeout_seconds", startup_timeout_seconds)
+    if startup_timeout_seconds is not None:
+        pod.kwargs["startup_timeout_seconds"] = startup_timeout_seconds
+    pod.kwargs.setdefault("startup_timeout_seconds", _STARTUP_TIMEOUT)
     return pod.kwargs
 
 
@@ -149,7 +153,7 @@ def vertex_command_kwargs(
     Args:
         upload: the dataset, see the module.
         command: what the container is to run. The operator's `args` still follow.
-        name: tells several datasets of one job apart: letters, digits and hyphens.
+        name: tells several datasets of one job apart: a DNS label, at most 32 characters.
         materialize_at: absolute path in the container that becomes the dataset, downloaded and
             verified before the command is run (the image needs `sh` and this package); None
             reads it through the mount at /gcs, unverified.
@@ -179,7 +183,7 @@ def vertex_custom_job_kwargs(
         upload: the dataset, see the module.
         custom_job: the job, as a dict. It is not changed. For several datasets pass what another
             call made of it.
-        name: tells several datasets of one job apart: letters, digits and hyphens.
+        name: tells several datasets of one job apart: a DNS label, at most 32 characters.
         materialize_at: absolute path in the containers that becomes the dataset, downloaded and
             verified before their commands are run (every worker pool needs a `container_spec` with
             a `command`, its image needs `sh` and this package); None reads it through the mount at
@@ -297,12 +301,12 @@ class _Pod:
 
     def add_mount(self, upload: Any, mount_path: str | None, **more: Any) -> None:
         def mounted(ref: DataRef) -> str:
-            path = mount_path or ref.mount_path
-            if not path or not path.startswith("/"):
+            if not ref.mount_path or not ref.mount_path.startswith("/"):
                 raise InvalidInputError(
-                    f"mount_path is {path!r}; expected an absolute path, here or in the ref"
+                    f"mount_path is {ref.mount_path!r}; expected an absolute path, here or in the "
+                    "ref"
                 )
-            return path
+            return ref.mount_path
 
         if mount_path is not None and not mount_path.startswith("/"):
             raise InvalidInputError(f"mount_path is {mount_path!r}; expected an absolute path")

@@ -47,13 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # As a container's first process we would not be ended by SIGTERM otherwise.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
-    from google.auth.exceptions import GoogleAuthError
-
     try:
         path = materialize(_read_ref(args), args.dest, project=args.project)
     except InvalidInputError as exc:
         return _fail(2, exc)
-    except (KerasRemoteError, GoogleAuthError, OSError) as exc:
+    except (KerasRemoteError, OSError) as exc:
         return _fail(1, exc)
     print(path)
     return 0

@@ -112,7 +112,7 @@ def materialize(
             return _reuse(parsed, target, None)
     with open_store(split_gcs_uri(parsed.gcs_uri)[0], client, project, retry) as store:
         source = _RefData(store, parsed, key)
-        if held and target:
+        if held is not None and target:
             return _reuse(parsed, target, source.problem(held))
         target = target or _check_dest(_default_dest(source.fingerprint(), cache_dir))
         if parsed.is_dir:
@@ -209,9 +209,14 @@ class _RefData:
         return foreign + changed if expected else changed
 
     def receipt(self) -> Receipt | None:
-        """Return what the uploader noted, or None if there is no note."""
-        body = self.store.read(self.key.marker_name) if self.key else None
-        return parse_marker(body, self.key) if self.key and body else None
+        """Return what the uploader noted, or None if there is no note that can be read.
+
+        The data is verified without it; it only helps to explain.
+        """
+        with suppress(KerasRemoteError):
+            body = self.store.read(self.key.marker_name) if self.key else None
+            return parse_marker(body, self.key) if self.key and body else None
+        return None
 
     def _unlike_receipt(self, snapshot: "Snapshot") -> list[str]:
         receipt = self.receipt()
@@ -255,6 +260,11 @@ def _fetch(source: _RefData, folder: str, final: str) -> str:
             return _reuse(source.ref, final, source.problem(take_snapshot(final)))
         if os.path.ismount(final):
             raise _mount_point(final)
+        if os.path.isdir(final) and not source.ref.is_dir:
+            raise InvalidInputError(
+                f"destination {final} is a directory, but {source.ref.gcs_uri} is a single file. "
+                "Remove the directory, or choose another dest."
+            )
         if os.path.isdir(final) and os.path.samefile(final, os.curdir):
             raise InvalidInputError(
                 f"destination {final} is the current directory, which cannot be replaced as a "
@@ -335,9 +345,8 @@ def _expect(progress: Progress, source: _RefData, batch: list[tuple[bytes, Objec
     if len(batch) < _BATCH:  # and the last
         progress.expect(len(batch), sum(info.size for _, info in batch))
         return
-    with suppress(KerasRemoteError):  # whether the marker is sound is not the question here
-        if receipt := source.receipt():
-            progress.expect(receipt.files, receipt.total_bytes)
+    if receipt := source.receipt():
+        progress.expect(receipt.files, receipt.total_bytes)
 
 
 @contextmanager

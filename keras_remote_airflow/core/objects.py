@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from keras_remote_airflow.core.errors import StoreError
 from keras_remote_airflow.core.project import resolve_project
 
 if TYPE_CHECKING:
@@ -162,10 +163,14 @@ def open_store(
     from keras_remote_airflow.core.transport import RetryPolicy, Transport
 
     if client is None:
+        from google.auth.exceptions import GoogleAuthError
         from google.cloud import storage
 
-        # google.cloud.storage has no types.
-        client = storage.Client(project=resolve_project(project))  # type: ignore[no-untyped-call]
+        try:
+            # google.cloud.storage has no types.
+            client = storage.Client(project=resolve_project(project))  # type: ignore[no-untyped-call]
+        except GoogleAuthError as exc:
+            raise StoreError(f"no Google Cloud credentials: {exc}", status=401) from exc
     with Transport(client, retry or RetryPolicy()) as transport:
         yield GcsStore(bucket, transport)
 

@@ -10,6 +10,7 @@ Requests: https://cloud.google.com/storage/docs/json_api/v1/objects
 
 import asyncio
 import base64
+import errno
 import json
 import logging
 import mimetypes
@@ -213,7 +214,8 @@ class GcsStore:
             async with asyncio.TaskGroup() as group:
                 fill()
         except BaseExceptionGroup as group_error:
-            raise group_error.exceptions[0] from None
+            error = group_error.exceptions[0]
+            raise error from error.__cause__  # from None would take the cause that it has
 
     async def _send_whole(self, upload: Upload, transit: "_Transit") -> bool:
         """Send a file in one multipart request; return False if the object was there."""
@@ -314,7 +316,7 @@ class GcsStore:
             return status
         # 400 is how Cloud Storage refuses bytes that are not the declared ones. Were they damaged
         # on the way, or has the file changed? The disk knows.
-        if _crc32c_of(upload.path) != upload.crc32c:
+        if await asyncio.to_thread(_crc32c_of, upload.path) != upload.crc32c:
             raise _changed(upload, "its CRC32C differs from the one at hash time")
         if b"crc32c" in body.lower() or b"checksum" in body.lower() or b"hash" in body.lower():
             raise RetryableError("the bytes were damaged on the way (HTTP 400)", 400)
@@ -338,7 +340,7 @@ class GcsStore:
             there = _info(json.loads(body))
         if (there.size, there.crc32c) != (upload.size, upload.crc32c):
             # Some servers answer 412 to a bad checksum too: look at the file before the object.
-            if _crc32c_of(upload.path) != upload.crc32c:
+            if await asyncio.to_thread(_crc32c_of, upload.path) != upload.crc32c:
                 raise _changed(upload, "its CRC32C differs from the one at hash time")
             raise conflict(self._uri(upload.name), upload.size, upload.crc32c, there)
         return False
@@ -492,6 +494,10 @@ class _Source:
         except FileNotFoundError:
             raise _changed(self._upload, "it is gone") from None
         except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE):  # others will be closed by then
+                raise RetryableError(f"{self._upload.path}: {exc.strerror}") from exc
+            if exc.errno == errno.EIO:
+                raise
             raise _changed(self._upload, f"it cannot be opened: {exc.strerror}") from exc
         try:
             self.check()

@@ -658,9 +658,12 @@ def _refresh(credentials: Any) -> None:
 
     try:
         credentials.refresh(Request())
-    except TransportError as exc:
-        raise RetryableError(f"no access token could be fetched: {exc}") from exc
     except GoogleAuthError as exc:
+        # Credentials of the metadata server wrap its TransportError; those of a token endpoint
+        # say themselves whether to try again.
+        is_outage = isinstance(exc, TransportError) or isinstance(exc.__cause__, TransportError)
+        if is_outage or exc.retryable:
+            raise RetryableError(f"no access token could be fetched: {exc}") from exc
         raise StoreError(
             f"no access token could be fetched: {exc}. Check the credentials.", status=401
         ) from exc

@@ -382,7 +382,8 @@ class Api:
             return Response(499)
         if request.method not in ("PUT", "POST"):  # gcsfs sends its chunks with POST
             raise ApiError(405, "methodNotAllowed", f"{request.method} is not supported here.")
-        if session.finished is None:
+        answer = session.finished
+        if answer is None:
             content_range = _range_of(request)
             transfer = request.sink
             if not isinstance(transfer, Transfer):
@@ -393,15 +394,16 @@ class Api:
                 return Response(308, {"Range": f"bytes=0-{kept - 1}"} if kept else {})
             try:
                 upload = session.upload.with_hashes(parse_hash_header(request.headers))
-                session.finished = self._store.put(
+                stored = self._store.put(
                     session.bucket, upload, session.spool, session.preconditions, self._overwrite
                 )
+                answer = session.finish(object_resource(stored, _base_url(request)))
             except ApiError:
                 del self._sessions[request.query["upload_id"]]
                 raise
         if session.fields is not None:
             request.query.setdefault("fields", session.fields)
-        return _json(request, object_resource(session.finished, _base_url(request)))
+        return _json(request, answer)
 
     def _compose(self, request: HttpRequest, bucket: str, name: str) -> Response:
         request.object_name = name

@@ -290,6 +290,7 @@ class Store:
 
     def spool(self, bucket: str) -> Spool:
         """Where the bytes of an upload to `bucket` may go as they arrive."""
+        self.bucket(bucket)  # there must be one
         return Spool(None if self._folder is None else self._folder.data_directory(bucket))
 
     def get(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from .bodies import Spool
-from .objects import ApiError, Preconditions, StoredObject, Upload, invalid
+from .objects import ApiError, Preconditions, Upload, invalid
 
 CHUNK_BYTES = 256 * 1024  # chunks other than the last are multiples of this
 
@@ -120,7 +121,7 @@ class Session:
         self.declared_size = declared_size
         self.spool = spool
         self.transfer: Transfer | None = None
-        self.finished: StoredObject | None = None
+        self.finished: dict[str, Any] | None = None
 
     @property
     def persisted(self) -> int:
@@ -131,6 +132,12 @@ class Session:
     def resumable_size(self) -> int:
         """Bytes that would survive if the current request broke off."""
         return self.persisted // CHUNK_BYTES * CHUNK_BYTES
+
+    def finish(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """Keep the answer for clients that ask again; the bytes are the object's now."""
+        self.finished = answer
+        self.spool = Spool(None)
+        return answer
 
     def begin(self, content_range: ContentRange | None) -> Transfer:
         """A PUT begins, with bytes or without.

@@ -283,6 +283,17 @@ def test_one_pod_takes_several_datasets_and_a_template_of_its_own():
     assert two["startup_timeout_seconds"] == 3600
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "expected"), [(None, None, 3600), (7200, None, 7200), (600, 7200, 7200)]
+)
+def test_the_time_to_start_is_what_was_said_last(first, second, expected):
+    one = materialize_pod_kwargs(REF, "/a", image="i", name="a", startup_timeout_seconds=first)
+    two = materialize_pod_kwargs(
+        REF, "/b", image="i", name="b", startup_timeout_seconds=second, add_to=one
+    )
+    assert two["startup_timeout_seconds"] == expected
+
+
 def test_one_job_takes_several_datasets():
     before = json.dumps(CUSTOM_JOB)
     one = vertex_custom_job_kwargs(REF, CUSTOM_JOB, name="train")["custom_job"]

@@ -175,6 +175,27 @@ def test_file_of_that_name_with_other_bytes_is_refused_and_untouched(single, tmp
     assert on_disk(dest) == {"config.json": b"mine"}
 
 
+def test_directory_of_that_name_is_refused_before_anything_is_fetched(single, tmp_path, gcs_server):
+    dest = tmp_path / "out"
+    (dest / "config.json").mkdir(parents=True)
+    gcs_server.clear_requests()
+    with pytest.raises(InvalidInputError, match=r"config\.json is a directory"):
+        materialize(single, str(dest))
+    assert not any("media" in str(request.query) for request in gcs_server.requests)
+    assert os.listdir(dest) == ["config.json"]
+
+
+def test_unreadable_marker_does_not_hide_what_is_wrong(directory, tmp_path, gcs_server, gcs_bucket):
+    markers = [n for n in gcs_server.objects(gcs_bucket) if "marker" in n]
+    for name in markers:
+        gcs_server.put(gcs_bucket, name, b'{"format_version": 99}')
+    dest = tmp_path / "out"
+    dest.mkdir()
+    (dest / "mine").touch()
+    with pytest.raises(InvalidInputError, match="mine has no object"):
+        materialize(directory, str(dest))
+
+
 def test_file_joins_what_else_is_in_the_destination(single, tmp_path):
     dest = tmp_path / "out"
     dest.mkdir()

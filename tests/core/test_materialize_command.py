@@ -137,7 +137,7 @@ def test_no_credentials_are_exit_code_1(monkeypatch, tmp_path):
     done = command("gs://test-bucket/raw/")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: Your default credentials were not found"), done.stderr
+    assert last.startswith("error: no Google Cloud credentials: Your default"), done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from google.auth.credentials import AnonymousCredentials
-from google.auth.exceptions import TransportError
+from google.auth.exceptions import RefreshError, TransportError
 from google.cloud import storage
 from google.oauth2.credentials import Credentials
 
@@ -285,6 +285,49 @@ def test_token_that_cannot_be_fetched_holds_up_all_requests_together(gcs_server)
         transport.run(requests())
     assert "token server does not answer" in str(raised.value.exceptions[0])
     assert credentials.refreshes <= 4  # in turn, the first would try again after 16
+
+
+def wrapped(outage: Exception) -> Exception:
+    """As the metadata server's credentials have it."""
+    try:
+        raise RefreshError(outage) from outage
+    except RefreshError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "outage",
+    [
+        TransportError("no route"),
+        wrapped(TransportError("no route")),
+        RefreshError("503 from the token endpoint", retryable=True),
+    ],
+    ids=["network", "metadata server", "token endpoint"],
+)
+def test_outage_of_whoever_gives_tokens_is_ridden_out(gcs_server, gcs_bucket, tmp_path, outage):
+    class Flaky(ShortLived):
+        def refresh(self, request: object) -> None:
+            super().refresh(request)
+            if self.refreshes < 3:
+                self.token = None
+                raise outage
+
+    (tmp_path / "file").touch()
+    client = client_for(gcs_server.url, Flaky())
+    policy = RetryPolicy(deadline=60, initial=0.01, maximum=0.1)
+    assert upload(gcs_bucket, tmp_path, client=client, retry=policy).uploaded_files == 1
+
+
+def test_credentials_that_are_refused_are_not_tried_again(gcs_server, gcs_bucket, tmp_path):
+    class Revoked(ShortLived):
+        def refresh(self, request: object) -> None:
+            self.refreshes += 1
+            raise RefreshError("invalid_grant: the account is disabled")
+
+    credentials = Revoked()
+    with pytest.raises(StoreError, match=r"invalid_grant.*Check the credentials") as raised:
+        upload(gcs_bucket, tmp_path, client=client_for(gcs_server.url, credentials))
+    assert (raised.value.status, credentials.refreshes) == (401, 1)
 
 
 @pytest.mark.parametrize("size", [0, 100, 100_000], ids=["no body", "small", "large"])

@@ -4,15 +4,21 @@ Every row of the tables is one fault on one kind of request. `HEALS` means: the 
 what was stored or read back is whole.
 """
 
+import errno
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from faultkit import BIG, BUCKET, FAST, content, do_materialize, do_upload, make_tree, published
 from faultkit import read_tree as read
 
+from keras_remote_airflow.core import store
 from keras_remote_airflow.core.cache import find
 from keras_remote_airflow.core.errors import IntegrityError, StoreError
+from keras_remote_airflow.core.transport import RetryPolicy
 from keras_remote_airflow.testing import Fault, StorageServer
 
 FILES = {"a.txt": b"a", "sub/b.bin": content(5000), "empty": b"", "two.bin": content(2 << 20, 2)}
@@ -139,6 +145,51 @@ def test_bytes_that_are_always_damaged_are_an_error_in_the_end(
     with pytest.raises(IntegrityError, match=r"big\.bin"):
         do_materialize(server.url, result.gcs_uri, str(tmp_path / "back"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
+
+
+def test_the_error_of_a_transfer_has_its_cause(server: StorageServer, tmp_path: Path) -> None:
+    server.add_fault(Fault(method="POST", action="drop_before", times=0))
+    with pytest.raises(StoreError, match="kept failing") as raised:
+        do_upload(server.url, make_tree(tmp_path / "data", FILES), RetryPolicy(deadline=0))
+    assert isinstance(raised.value.__cause__, aiohttp.ClientError)
+
+
+def test_a_refused_file_is_read_again_where_it_holds_up_no_other(
+    server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[str] = []
+    real = store._crc32c_of
+
+    def note(path: str) -> int | None:
+        readers.append(threading.current_thread().name)
+        return real(path)
+
+    monkeypatch.setattr(store, "_crc32c_of", note)
+    server.add_fault(fault(OBJECT, status=400))
+    with pytest.raises(StoreError):
+        do_upload(server.url, make_tree(tmp_path / "data", FILES))
+    assert len(readers) == 1
+    assert readers != ["cloud-storage"]  # the thread that makes the requests
+
+
+def test_too_many_open_files_are_waited_out(
+    server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_tree(tmp_path / "data", TREE)
+    real = os.open
+    refused: list[str] = []
+
+    def scarce(name: str, *args: Any, **kwargs: Any) -> int:
+        is_upload = threading.current_thread().name.startswith("cloud-storage")
+        if is_upload and str(name).startswith(path) and refused.count(name) < 2:
+            refused.append(name)
+            raise OSError(errno.EMFILE, "Too many open files", name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", scarce)
+    result = do_upload(server.url, path)
+    assert len(refused) >= 2 * len(FILES)
+    assert published(server) == {result.content_hash: set(TREE)}
 
 
 def test_an_outage_is_said_once_and_not_for_every_file(

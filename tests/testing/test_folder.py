@@ -96,3 +96,13 @@ def test_a_download_survives_the_deletion_of_its_object(tmp_path: Path, new_call
         response = call.connection.getresponse()
         server.delete("demo", "x")
         assert response.read() == data
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_putting_into_a_bucket_that_is_not_there_is_404(tmp_path: Path, on_disk: bool) -> None:
+    with (
+        StorageServer(["demo"], directory=tmp_path if on_disk else None) as server,
+        pytest.raises(Exception, match="bucket does not exist") as raised,
+    ):
+        server.put("other", "name", b"")
+    assert getattr(raised.value, "status", None) == 404

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import gc
 import os
 import socket
+import tracemalloc
 from typing import Any
 
 import google_crc32c
@@ -203,3 +205,17 @@ def test_a_large_chunked_body_arrives_whole(call: Any) -> None:
     })  # fmt: skip
     assert call.connection.getresponse().read()
     assert call.server.objects("demo")["big"].data == b"".join(pieces)
+
+
+def test_bytes_of_a_deleted_object_are_kept_nowhere(call: Any) -> None:
+    tracemalloc.start()
+    try:
+        session = begin(call)
+        size = int(put(call, session, bytes(16 << 20), "bytes 0-16777215/16777216").json["size"])
+        assert put(call, session, b"", "bytes */16777216").json["size"] == str(size)
+        call.server.delete("demo", "big")
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < size // 2
+    finally:
+        tracemalloc.stop()
+    assert put(call, session, b"", "bytes */16777216").json["size"] == str(size)
