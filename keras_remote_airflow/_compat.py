@@ -1,8 +1,8 @@
 """The only file that knows Airflow versions, and the only one that imports Airflow.
 
 Each name is taken from its newest home (up to 3.3), else from an older one (down to 2.11): the
-old homes warn on the versions that have the new. `DeprecatedImportWarning` is a FutureWarning.
-mypy sees the newest.
+old homes warn on the versions that have the new (by a FutureWarning, which users would see). mypy
+checks the newest Airflow's branch only.
 """
 
 from datetime import datetime

@@ -27,7 +27,7 @@ from typing import Any
 from keras_remote_airflow._compat import Context, ResolveMixin
 from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.layout import split_gcs_uri
-from keras_remote_airflow.core.refs import DataRef, parse_data_ref
+from keras_remote_airflow.core.refs import REF_VARIABLE, DataRef, parse_data_ref
 from keras_remote_airflow.execution import permanent_errors_fail_the_task
 
 _COMMAND = ["python", "-m", "keras_remote_airflow.materialize"]
@@ -122,7 +122,7 @@ def materialize_pod_kwargs(
         **_copy_tree(container or {}),
     }
     init.setdefault("env", []).append(
-        {"name": "KERAS_REMOTE_DATA_REF", "value": _fill_in(upload, "ref", _to_json)}
+        {"name": REF_VARIABLE, "value": _fill_in(upload, "ref", _to_json)}
     )
     init.setdefault("volumeMounts", []).append({"name": pod.label, "mountPath": _VOLUME_PATH})
     pod.spec.setdefault("initContainers", []).append(init)
@@ -380,7 +380,7 @@ def _mount_options(ref: DataRef, more: str) -> str:
 def _folder(ref: DataRef) -> tuple[str, str]:
     """Return the bucket, and the prefix that is the dataset or holds the single file."""
     bucket, name = split_gcs_uri(ref.gcs_uri)
-    if ref.is_dir or ref.cache_key:  # a cached file lies below the prefix that its ref names
+    if ref.is_prefix:
         return bucket, name.rstrip("/")
     return bucket, posixpath.dirname(name)
 

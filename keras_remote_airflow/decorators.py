@@ -59,8 +59,8 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
             anew. None takes a temporary directory for this run of the task alone, which is removed
             when the function has returned or raised: a path into it is of no use to other tasks.
             Templated.
-        project_id: project id; None takes the connection's, then `KERAS_REMOTE_PROJECT` or
-            `GOOGLE_CLOUD_PROJECT`. Templated.
+        project_id: project id of the client, on which no request made here depends; None takes the
+            connection's, then `KERAS_REMOTE_PROJECT` or `GOOGLE_CLOUD_PROJECT`. Templated.
         gcp_conn_id: id of the Google Cloud connection. It needs roles/storage.objectViewer on the
             bucket. It is looked up only if there is a ref among the arguments. Templated.
         impersonation_chain: service account to impersonate, or a chain of them whose last one is

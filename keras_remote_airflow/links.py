@@ -35,6 +35,6 @@ def console_url(data_ref: object) -> str:
     """
     ref = parse_data_ref(data_ref)
     bucket, name = split_gcs_uri(ref.gcs_uri)
-    if ref.is_dir or ref.cache_key:
+    if ref.is_prefix:
         return f"{_CONSOLE}/{bucket}/{quote(name.rstrip('/'))}"
     return f"{_CONSOLE}/_details/{bucket}/{quote(name)}"

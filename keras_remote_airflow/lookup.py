@@ -54,6 +54,7 @@ class Lookup:
             InvalidInputError: neither the marker nor `is_dir` says whether it is a directory, or
                 a field is malformed.
             MarkerError: the marker cannot be read.
+            ConflictError: there is more under the hash than the marker says.
             StoreError: Cloud Storage refused.
         """
         from keras_remote_airflow.core.cache import find

@@ -15,9 +15,7 @@ from collections.abc import Sequence
 
 from keras_remote_airflow.core.errors import InvalidInputError, KerasRemoteError
 from keras_remote_airflow.core.materialize import materialize
-from keras_remote_airflow.core.refs import make_data_ref
-
-_VARIABLE = "KERAS_REMOTE_DATA_REF"
+from keras_remote_airflow.core.refs import REF_VARIABLE, make_data_ref
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ref",
         nargs="?",
         help="a data ref as JSON, a gs:// URI (one that ends in / is a directory), or - for "
-        f"standard input (default: ${_VARIABLE})",
+        f"standard input (default: ${REF_VARIABLE})",
     )
     parser.add_argument(
         "--dest",
@@ -58,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _read_ref(args: argparse.Namespace) -> object:
-    text = os.environ.get(_VARIABLE, "") if args.ref is None else args.ref
+    text = os.environ.get(REF_VARIABLE, "") if args.ref is None else args.ref
     text = (sys.stdin.read() if text == "-" else text).strip()
     if not text:
-        raise InvalidInputError(f"no data ref: pass one, or set {_VARIABLE}")
+        raise InvalidInputError(f"no data ref: pass one, or set {REF_VARIABLE}")
     if not text.startswith("gs://"):
         if args.dir or args.file:
             raise InvalidInputError("--dir and --file are for gs:// URIs: a data ref says itself")

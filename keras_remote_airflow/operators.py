@@ -57,8 +57,8 @@ class DataUploadOperator(BaseOperator):
         bucket_name: bare name of an existing bucket. Templated.
         namespace_prefix: what leads every object name. Templated.
         mount_path: where a training job should see the data; passed on in the ref. Templated.
-        project_id: project id; None takes the connection's, then `KERAS_REMOTE_PROJECT` or
-            `GOOGLE_CLOUD_PROJECT`. Templated.
+        project_id: project id of the client, on which no request made here depends; None takes the
+            connection's, then `KERAS_REMOTE_PROJECT` or `GOOGLE_CLOUD_PROJECT`. Templated.
         gcp_conn_id: id of the Google Cloud connection. It needs roles/storage.objectCreator and
             objectViewer on the bucket. Templated.
         impersonation_chain: service account to impersonate, or a chain of them whose last one is
@@ -161,9 +161,9 @@ class DataUploadOperator(BaseOperator):
 
     def _upload(self, *, dry_run: bool = False) -> "UploadResult":
         from keras_remote_airflow.core.cache import upload
-        from keras_remote_airflow.core.data import Data
+        from keras_remote_airflow.core.data import as_data
 
-        data = self.data if isinstance(self.data, Data) else Data(self.data)
+        data = as_data(self.data)
         client = project = None
         if not data.is_gcs:
             client, project = connect(self.gcp_conn_id, self.impersonation_chain, self.project_id)
@@ -185,11 +185,10 @@ class DataUploadOperator(BaseOperator):
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:  # noqa: ARG002 - OpenLineage's signature
         """Tell Airflow's OpenLineage provider what was read and written."""
-        from keras_remote_airflow.core.data import Data
+        from keras_remote_airflow.core.data import as_data
         from keras_remote_airflow.lineage import describe_upload
 
-        data = self.data if isinstance(self.data, Data) else Data(self.data)
-        return describe_upload(data.path, self._result)
+        return describe_upload(as_data(self.data).path, self._result)
 
     def on_kill(self) -> None:
         """Stop the transfer.

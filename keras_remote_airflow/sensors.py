@@ -46,8 +46,8 @@ class CacheSensor(BaseSensorOperator):
     each of its fields is pushed too (`wait.output["gcs_uri"]` works).
 
     Fails at once, without retries, on a timeout (see `timeout` of every sensor) and on errors that
-    stay true (bad input, an unreadable marker); with `soft_fail` it is skipped then. A refusal by
-    Cloud Storage (403, no such bucket) is left to the task's `retries`.
+    stay true (bad input, a conflict, an unreadable marker); with `soft_fail` it is skipped then. A
+    refusal by Cloud Storage (403, no such bucket) is left to the task's `retries`.
 
     Args:
         bucket_name: bare name of the bucket. Not needed with `data_ref`. Templated.
@@ -56,13 +56,14 @@ class CacheSensor(BaseSensorOperator):
             mode at every poke) to learn what to wait for. Templated.
         data_ref: a ref as DataUploadOperator and CacheSensor push it, or its text as a template
             renders it, such as "{{ ti.xcom_pull('upload') }}". Bucket, namespace and hash come
-            from it; `mount_path` and `layout` too unless they are given. Templated.
+            from it; `mount_path` too unless it is given, `layout` unless it is "kinetic".
+            Templated.
         namespace_prefix: what leads every object name. Templated.
         is_dir: whether the dataset is a directory. Only needed with `content_hash`, when another
             client has written the marker and left it empty.
         mount_path: where a training job should see the data; passed on in the ref. Templated.
-        project_id: project id; None takes the connection's, then `KERAS_REMOTE_PROJECT` or
-            `GOOGLE_CLOUD_PROJECT`. Templated.
+        project_id: project id of the client, on which no request made here depends; None takes the
+            connection's, then `KERAS_REMOTE_PROJECT` or `GOOGLE_CLOUD_PROJECT`. Templated.
         gcp_conn_id: id of the Google Cloud connection. It needs roles/storage.objectViewer on the
             bucket. Templated.
         impersonation_chain: service account to impersonate, or a chain of them whose last one is
@@ -211,10 +212,9 @@ class CacheSensor(BaseSensorOperator):
 
     @contextmanager
     def _soft_failures_skip(self) -> Iterator[None]:
-        """Honour soft_fail and never_fail.
+        """Honour soft_fail and never_fail by the rules of BaseSensorOperator.execute.
 
-        By the rules of BaseSensorOperator.execute, which a deferral bypasses, and which skips
-        without saying why.
+        A deferral bypasses that; and unlike it, this says why the task is skipped.
         """
         try:
             yield
@@ -276,17 +276,15 @@ class CacheSensor(BaseSensorOperator):
         )
 
     def _hash(self, data: "str | Data") -> tuple[str, bool]:
-        from keras_remote_airflow.core.data import Data
-        from keras_remote_airflow.core.hashing import take_snapshot
-        from keras_remote_airflow.core.index import default_index
+        from keras_remote_airflow.core.data import as_data
 
-        data = data if isinstance(data, Data) else Data(data)
+        data = as_data(data)
         if data.is_gcs:
             raise self._wrong(
                 f"data is {data.path}: only local data has a hash to wait for. Wait for its "
                 "objects with Google's own sensors"
             )
-        content_hash = take_snapshot(data.path, self.hash_index or default_index()).content_hash
+        content_hash = data.content_hash(self.hash_index)
         self.log.info("Content hash of %s: %s", data.path, content_hash)
         return content_hash, data.is_dir
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from keras_remote_airflow.core.data import Data
+from keras_remote_airflow.core.data import Data, as_data
 from keras_remote_airflow.core.errors import ConflictError, InvalidInputError, MarkerError
 from keras_remote_airflow.core.inventory import data_objects, differences
 from keras_remote_airflow.core.layout import (
@@ -32,6 +32,7 @@ from keras_remote_airflow.core.layout import (
 from keras_remote_airflow.core.objects import (
     ObjectStore,
     Upload,
+    conflict,
     first_page,
     how_to_clear,
     list_objects,
@@ -212,8 +213,7 @@ def upload(
     check_namespace(namespace_prefix)
     chosen_layout = get_layout(layout)
     _check_verify(verify)
-    if not isinstance(data, Data):
-        data = Data(data)
+    data = as_data(data)
     if data.is_gcs:
         split_gcs_uri(data.path)
         _log.info("Data is on Cloud Storage already, passed on unchecked: %s", data.path)
@@ -462,23 +462,20 @@ def _missing(
             yield index
         elif found is not None:
             uri = f"gs://{key.bucket}/{found.name}"
-            expected = snapshot.record(index) if index is not None else None
-            raise ConflictError(
-                f"{uri} ({found.size} bytes) "
-                + (
-                    f"holds other bytes than {snapshot.local_path(expected.path)} "
-                    f"({expected.size} bytes)"
-                    if expected
-                    else "is under this content hash but not in the data"
+            if index is None:
+                raise ConflictError(
+                    f"{uri} ({found.size} bytes) is under this content hash but not in the data. "
+                    f"Find out who wrote it; {how_to_clear(uri)}"
                 )
-                + f". Nothing was overwritten. Find out who wrote it; {how_to_clear(uri)}"
-            )
+            file = snapshot.record(index)
+            path = snapshot.local_path(file.path)
+            raise conflict(uri, found, path, file.size, file.crc32c)
 
 
 def _disagreement(
     store: ObjectStore, key: CacheKey, receipt: Receipt | None, verify: str
 ) -> str | None:
-    """Say which objects under `key` are missing by its receipt, or return None.
+    """Say how what is under `key` falls short of its receipt, or return None.
 
     Raises ConflictError if there are more than it says.
     """

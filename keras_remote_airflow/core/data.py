@@ -45,7 +45,7 @@ class Data:
         if not os.path.lexists(self._path):
             hint = "Check the path, and that this machine is the one that has the data."
             if _URI_LIKE.match(path):
-                hint = "If it is to be a URI: only gs://bucket/name is read, spelled so."
+                hint = "If it is meant as a URI: only gs://bucket/name is understood, spelled so."
             raise DataNotFoundError(
                 f"data path does not exist: {path} (resolved to {self._path}). {hint}"
             )
@@ -70,10 +70,13 @@ class Data:
         """Whether it is a directory; for a `gs://` URI, whether it ends in "/"."""
         return self._raw_path.endswith("/") if self.is_gcs else os.path.isdir(self._path)
 
-    def content_hash(self) -> str:
+    def content_hash(self, hash_index: str | None = None) -> str:
         """Read the data and return its content hash: 64 hex digits, see `core.hashing`.
 
-        Reads and writes the hash index that `KERAS_REMOTE_HASH_INDEX` names, if any.
+        Args:
+            hash_index: local file that remembers the hashes of unchanged files, see `core.index`;
+                it is read and written. None takes the environment's `KERAS_REMOTE_HASH_INDEX`, or
+                reads every file.
 
         Raises:
             ValueError: the data is on Cloud Storage already, or holds something that is no
@@ -87,10 +90,15 @@ class Data:
             raise InvalidInputError(
                 f"cannot compute a content hash for {self._path}: only local data is hashed"
             )
-        return take_snapshot(self._path, default_index()).content_hash
+        return take_snapshot(self._path, hash_index or default_index()).content_hash
 
     def __repr__(self) -> str:
         return f"Data({self._raw_path!r})"
+
+
+def as_data(data: Data | str | os.PathLike[str]) -> Data:
+    """Return a `Data`, or one made of its path."""
+    return data if isinstance(data, Data) else Data(data)
 
 
 def _warn_of_missing_slash(uri: str) -> None:

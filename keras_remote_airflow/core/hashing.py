@@ -50,8 +50,8 @@ _UNUSABLE = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
 # Of a large file at a time: what stays in a processor's cache between reading and hashing.
 _PIECE = 512 * 1024
 _HUGE = 64 * 1024 * 1024  # from here on reading ahead pays
-# Files that are hashed before the time they took is looked at, the first time and at the most; and
-# that a thread is given, where many read.
+# Small files that are hashed before it is looked how long they took: at first, and at the most.
+# Where many threads read, each is given `_FEW` at a time.
 _FEW, _MANY = 8, 64
 # Seconds a file may keep us waiting before many are read at once. A file in memory takes some 10
 # microseconds, one on a local disk 100, one on a remote disk milliseconds.

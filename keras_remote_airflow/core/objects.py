@@ -4,12 +4,13 @@ DAG files import this, so it costs nothing: what talks to Cloud Storage (`core.s
 when a bucket is opened.
 """
 
+import base64
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from keras_remote_airflow.core.errors import StoreError
+from keras_remote_airflow.core.errors import ConflictError, StoreError
 from keras_remote_airflow.core.project import resolve_project
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Download(NamedTuple):
     path: str
 
 
-def untold(moved: int) -> None:
+def ignore_moved(moved: int) -> None:
     """Nobody wants to know how many bytes moved."""
 
 
@@ -93,7 +94,7 @@ class ObjectStore(Protocol):
         self,
         uploads: Iterable[Upload],
         done: Callable[[Upload, bool], None],
-        moved: Callable[[int], None] = untold,
+        moved: Callable[[int], None] = ignore_moved,
     ) -> None:
         """Store files concurrently; objects that hold the same bytes already are left alone.
 
@@ -113,7 +114,7 @@ class ObjectStore(Protocol):
         self,
         downloads: Iterable[Download],
         done: Callable[[Download], None],
-        moved: Callable[[int], None] = untold,
+        moved: Callable[[int], None] = ignore_moved,
     ) -> None:
         """Fetch objects concurrently into new files, checking size and CRC32C; see `upload`.
 
@@ -173,6 +174,20 @@ def open_store(
             raise StoreError(f"no Google Cloud credentials: {exc}", status=401) from exc
     with Transport(client, retry or RetryPolicy()) as transport:
         yield GcsStore(bucket, transport)
+
+
+def conflict(uri: str, there: ObjectInfo, path: str, size: int, crc32c: int) -> ConflictError:
+    """Return the error for an object that holds other bytes than the file that belongs there."""
+    return ConflictError(
+        f"{uri} holds other bytes than {path}: {there.size} bytes with CRC32C "
+        f"{encode_crc32c(there.crc32c)}, expected {size} bytes with {encode_crc32c(crc32c)}. "
+        f"Nothing was overwritten. Find out who wrote it; {how_to_clear(uri)}"
+    )
+
+
+def encode_crc32c(crc32c: int) -> str:
+    """Return a CRC32C as Cloud Storage writes it: base64 of its four bytes, big-endian."""
+    return base64.b64encode(crc32c.to_bytes(4, "big")).decode()
 
 
 def how_to_clear(uri: str) -> str:

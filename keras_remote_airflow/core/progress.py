@@ -17,9 +17,8 @@ _BAR_DELAY = 1.0
 class Progress:
     """Counts files and bytes, and says so; safe to call from any thread.
 
-    A context manager that shows a tqdm bar if stderr is a terminal and tqdm is installed. It does
-    not inside an Airflow task, without tqdm or if nobody enters it: then it logs a line at most
-    every 30 s.
+    A context manager that shows a tqdm bar if stderr is a terminal. Inside an Airflow task, without
+    tqdm, or if it is never entered, it logs a line at most every 30 s instead.
 
     Attributes:
         files: how many are done.

@@ -26,6 +26,9 @@ from keras_remote_airflow.core.layout import (
     split_gcs_uri,
 )
 
+# The environment variable that carries a ref, as JSON, into a container.
+REF_VARIABLE = "KERAS_REMOTE_DATA_REF"
+
 _FLAG = "__data_ref__"
 # A ref's two free strings are an object name (1,024 bytes) and a path (4,096 on Linux); the bound
 # keeps the parsers away from hostile text.
@@ -68,6 +71,11 @@ class DataRef:
     def cache_key(self) -> CacheKey | None:
         """The cache entry it names, or None for data outside a cache."""
         return cache_key_from_uri(self.gcs_uri, self.layout)
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether `gcs_uri` names a prefix: a directory, and cached data even if it is one file."""
+        return self.is_dir or self.cache_key is not None
 
     def to_dict(self) -> dict[str, Any]:
         ref = make_data_ref(self.gcs_uri, self.is_dir, self.mount_path)

@@ -28,7 +28,6 @@ import aiohttp
 import google_crc32c
 
 from keras_remote_airflow.core.errors import (
-    ConflictError,
     DataChangedError,
     IntegrityError,
     StoreError,
@@ -39,8 +38,9 @@ from keras_remote_airflow.core.objects import (
     ObjectInfo,
     Page,
     Upload,
-    how_to_clear,
-    untold,
+    conflict,
+    encode_crc32c,
+    ignore_moved,
 )
 from keras_remote_airflow.core.transport import RetryableError, Transport, pausing, refusal
 
@@ -50,8 +50,8 @@ _T = TypeVar("_T")
 # Custom metadata that carries a file's digest (see core.hashing), hex.
 DIGEST_KEY = "keras-remote-digest"
 
-# Transfers under way at least, those that pause not counted, even if they wait for each other: what
-# else goes on on the same transport must not keep them from beginning.
+# Workers that one call may always have, even while the limiter is full (not counted: those that
+# pause before another attempt). Or another call on the same transport could keep it from starting.
 _FEW = 16
 # Up to this size a file travels in one request, above in a resumable session.
 _SINGLE_REQUEST = 8 << 20
@@ -69,7 +69,7 @@ _LOOK_AGAIN = 256
 # Drawn once a process: no content can have known it.
 _BOUNDARY = secrets.token_hex(16)
 _CRC32C_HEADER = re.compile(r"crc32c=([A-Za-z0-9+/=]+)")
-# Downloads whose bytes disagree with their checksum are fetched anew this often.
+# A download whose bytes have disagreed with their checksum this often is given up.
 _MAX_CORRUPT = 5
 
 
@@ -86,7 +86,7 @@ class GcsStore:
         self._transport = transport
         self._disk = _Disk()
         self._objects = f"/storage/v1/b/{quote(bucket, safe='')}/o"
-        self._create = f"/upload{self._objects}?" + urlencode(
+        self._create_url = f"/upload{self._objects}?" + urlencode(
             {"ifGenerationMatch": 0, "fields": "generation"}
         )
 
@@ -140,13 +140,13 @@ class GcsStore:
             return Page([_info(item) for item in page.get("items", ())], page.get("nextPageToken"))
 
     def create(self, name: str, content: bytes) -> bool:
-        declared = {"name": name, "crc32c": _encode(google_crc32c.value(content))}
+        declared = {"name": name, "crc32c": encode_crc32c(google_crc32c.value(content))}
         headers, data = _multipart(declared, "application/json", content)
         status, _ = self._transport.run(
             self._transport.call(
                 f"creating {self._uri(name)}",
                 "POST",
-                self._create + "&uploadType=multipart",
+                self._create_url + "&uploadType=multipart",
                 expected=(200, 412),
                 headers=headers,
                 data=data,
@@ -160,7 +160,7 @@ class GcsStore:
         self,
         uploads: Iterable[Upload],
         done: Callable[[Upload, bool], None],
-        moved: Callable[[int], None] = untold,
+        moved: Callable[[int], None] = ignore_moved,
     ) -> None:
         async def one(upload: Upload) -> None:
             send = self._send_whole if upload.size <= _SINGLE_REQUEST else self._send_resumable
@@ -224,7 +224,7 @@ class GcsStore:
         kind = _content_type(upload.name)
 
         async def post(headers: dict[str, str], data: bytes | AsyncIterator[bytes]) -> int:
-            url = self._create + "&uploadType=multipart"
+            url = self._create_url + "&uploadType=multipart"
             return await self._put(what, "POST", url, upload, headers, data)
 
         async def attempt() -> int:
@@ -287,7 +287,7 @@ class GcsStore:
         status, answered, _ = await self._transport.exchange(
             what,
             "POST",
-            self._create + "&uploadType=resumable",
+            self._create_url + "&uploadType=resumable",
             expected=(200, 201, 412),
             headers=headers,
             data=json.dumps(_declared(upload)).encode(),
@@ -342,7 +342,7 @@ class GcsStore:
             # Some servers answer 412 to a bad checksum too: look at the file before the object.
             if await asyncio.to_thread(_crc32c_of, upload.path) != upload.crc32c:
                 raise _changed(upload, "its CRC32C differs from the one at hash time")
-            raise conflict(self._uri(upload.name), upload.size, upload.crc32c, there)
+            raise conflict(self._uri(upload.name), there, upload.path, upload.size, upload.crc32c)
         return False
 
     # Downloads
@@ -351,7 +351,7 @@ class GcsStore:
         self,
         downloads: Iterable[Download],
         done: Callable[[Download], None],
-        moved: Callable[[int], None] = untold,
+        moved: Callable[[int], None] = ignore_moved,
     ) -> None:
         async def one(download: Download) -> None:
             with _Transit(moved) as transit:
@@ -451,8 +451,8 @@ class _Sink:
         """Raise unless the bytes are those of the object: for another attempt, a few times."""
         if (self.size, self._crc32c) == (self._info.size, self._info.crc32c):
             return
-        found = f"{self.size} bytes with CRC32C {_encode(self._crc32c)}"
-        expected = f"{self._info.size} bytes with CRC32C {_encode(self._info.crc32c)}"
+        found = f"{self.size} bytes with CRC32C {encode_crc32c(self._crc32c)}"
+        expected = f"{self._info.size} bytes with CRC32C {encode_crc32c(self._info.crc32c)}"
         self.restart()
         self._corrupt += 1
         if self._corrupt >= _MAX_CORRUPT:
@@ -572,7 +572,7 @@ def _multipart(declared: dict[str, Any], kind: str, content: bytes) -> tuple[dic
 def _declared(upload: Upload) -> dict[str, Any]:
     return {
         "name": upload.name,
-        "crc32c": _encode(upload.crc32c),
+        "crc32c": encode_crc32c(upload.crc32c),
         "metadata": {DIGEST_KEY: upload.digest.hex()},
     }
 
@@ -619,14 +619,6 @@ def _info(item: dict[str, Any]) -> ObjectInfo:
     )
 
 
-def conflict(uri: str, size: int, crc32c: int, there: ObjectInfo) -> ConflictError:
-    return ConflictError(
-        f"{uri} holds other bytes than the data that belongs there: {there.size} bytes with CRC32C "
-        f"{_encode(there.crc32c)}, expected {size} bytes with {_encode(crc32c)}. Nothing was "
-        f"overwritten. Find out who wrote it; {how_to_clear(uri)}"
-    )
-
-
 def _changed(upload: Upload, how: str) -> DataChangedError:
     return DataChangedError(
         f"{upload.path} changed while it was being uploaded ({how}); nothing was published. Retry "
@@ -644,11 +636,6 @@ def _crc32c_of(path: str) -> int | None:
     except FileNotFoundError:
         return None
     return crc32c
-
-
-def _encode(crc32c: int) -> str:
-    """Return a CRC32C as Cloud Storage writes it: base64 of its four bytes, big-endian."""
-    return base64.b64encode(crc32c.to_bytes(4, "big")).decode()
 
 
 def _decode(crc32c: str) -> int:

@@ -6,7 +6,7 @@ an Airflow task. The caller's thread waits interruptibly: when a signal handler 
 Airflow ends a task), the transfers are cancelled and the thread is gone before the exception
 goes on.
 
-The google-cloud-storage client lends its credentials, endpoint and project. Its own upload path
+The google-cloud-storage client lends its credentials and its endpoint. Its own upload path
 costs about 2 ms of CPU per object, ten times what a plain request does.
 """
 
@@ -579,8 +579,8 @@ class _Exchange:
             raise TimeoutError from error
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        # aiohttp sends a PUT again by itself when a connection it had kept breaks; before 3.14 it
-        # would go on in the middle of the body.
+        # Should aiohttp ever send a PUT again by itself after all (see `Transport._open`): it would
+        # go on in the middle of the body.
         if self._begun:
             raise ConnectionResetError("the connection broke")
         self._begun = True
@@ -636,7 +636,9 @@ def _tls(*urls: str | None) -> ssl.SSLContext | Literal[True]:
     return _trusting(bundle, os.path.getmtime(bundle) if os.path.exists(bundle) else 0.0)
 
 
-@lru_cache(1)  # reading the certificates takes longer than a look into the cache
+# Reading the certificates takes longer than a small upload. By the time of modification a bundle
+# that was replaced is read again.
+@lru_cache(1)
 def _trusting(bundle: str, _modified: float) -> ssl.SSLContext:
     context = ssl.create_default_context()
     try:

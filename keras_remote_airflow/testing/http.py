@@ -11,14 +11,11 @@ whole of our own work: the server must not be the bottleneck of a benchmark.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Protocol
 from urllib.parse import unquote, unquote_plus
-
-log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 1024
 # Bodies up to this size are handed over whole; larger ones go to a sink as they arrive.
@@ -196,6 +193,8 @@ class Connection(asyncio.BufferedProtocol):
         self._drop_after: int | None = None
         self._answering = False
         self._output: Iterator[bytes] | None = None
+        self._cut_short = False
+        self._stall_at_end = False
         self._closing_after = False
         self._paused = False
         self._timer: asyncio.TimerHandle | None = None
@@ -434,9 +433,6 @@ class Connection(asyncio.BufferedProtocol):
         self._cut_short = response.cut_at is not None and response.cut_at < length and not no_body
         self._stall_at_end = response.stall
         self._pump()
-
-    _cut_short = False
-    _stall_at_end = False
 
     def _pump(self) -> None:
         """Write the streamed body as fast as the client reads it."""

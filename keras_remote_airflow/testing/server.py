@@ -190,9 +190,9 @@ class StorageServer:
         ready.append(None)
         event.set()
         await self._stopping.wait()
-        # First accept no more, and close what was accepted only just now, each by a task of the
-        # loop's: those tasks drop their connections unclosed once the server is closed, and whoever
-        # is connected waits for ever.
+        # asyncio makes a task for each connection that it has just accepted. Were the server closed
+        # first, such a task would drop its connection unclosed, and that client would wait for
+        # ever. So: accept no more, let those tasks end, abort their connections, and then close.
         for listener in server.sockets:
             self._loop.remove_reader(listener.fileno())
         while self._connections or len(asyncio.all_tasks()) > 1:
