@@ -32,7 +32,7 @@ MUTATIONS = {
     ),
     "no CRC32C declared": (
         "core/store.py",
-        '        "crc32c": _encode(upload.crc32c),\n',
+        '        "crc32c": encode_crc32c(upload.crc32c),\n',
         "",
         "test_hashed_bytes.py",
     ),
