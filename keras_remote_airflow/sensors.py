@@ -197,10 +197,14 @@ class CacheSensor(BaseSensorOperator):
         self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context
     ) -> Any:
         # The trigger keeps the deadline, so Airflow's, which is later, is only met when no trigger
-        # ran. 2.x would retry that, as an error without a name. (With a shorter
-        # execution_timeout it is that one which has passed, and Airflow knows what to do.)
+        # ran. 2.x would retry that, as an error without a name. (2.x ends a deferral by a shorter
+        # execution_timeout too, with the same words, and knows what to do; 3.x does not.)
         error = str((next_kwargs or {}).get("error", "")).lower()
-        bounded = self.execution_timeout and self.execution_timeout.total_seconds() < self.timeout
+        bounded = (
+            "execution" in error
+            and self.execution_timeout
+            and self.execution_timeout.total_seconds() < self.timeout
+        )
         if next_method == "__fail__" and "timeout" in error and not bounded:
             message = (
                 "no triggerer answered: check that one is running, or pass deferrable=False. The "

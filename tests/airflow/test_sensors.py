@@ -6,6 +6,7 @@ What needs a scheduler or a trigger (reschedule mode, deferral, retries) is in t
 import json
 import logging
 import os
+from datetime import timedelta
 
 import pytest
 
@@ -267,13 +268,30 @@ def test_constructing_it_leaves_the_arguments_alone():
     assert rendered == arguments | {"data": None, "data_ref": None}
 
 
-def test_a_deferral_that_no_triggerer_serves_is_a_timeout_that_says_so():
-    # What the scheduler sends when the deferral itself times out, on Airflow 2 and on 3.
-    for error in ("Trigger/execution timeout", "Trigger timeout"):
-        with pytest.raises(AirflowSensorTimeout, match=r"no triggerer answered.* within 5\.0 s"):
-            sensor(content_hash=GOLDEN, bucket_name="bbb").resume_execution(
-                "__fail__", {"error": error}, {}
-            )
+# What the scheduler sends when the deferral itself times out. (Whole runs: test_dag_runs.py.)
+AIRFLOW_2, AIRFLOW_3 = "Trigger/execution timeout", "Trigger timeout"
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (AIRFLOW_2, {}),
+        (AIRFLOW_2, {"execution_timeout": timedelta(seconds=6)}),
+        (AIRFLOW_3, {}),
+        (AIRFLOW_3, {"execution_timeout": timedelta(seconds=4)}),
+    ],
+)
+def test_a_deferral_that_no_triggerer_serves_is_a_timeout_that_says_so(error, arguments):
+    task = sensor(content_hash=GOLDEN, bucket_name="bbb", **arguments)
+    with pytest.raises(AirflowSensorTimeout, match=r"no triggerer answered.* within 5\.0 s"):
+        task.resume_execution("__fail__", {"error": error}, {})
+
+
+def test_a_deferral_that_an_execution_timeout_ends_is_left_to_airflow_2():
+    task = sensor(content_hash=GOLDEN, bucket_name="bbb", execution_timeout=timedelta(seconds=4))
+    with pytest.raises(Exception, match=AIRFLOW_2) as caught:
+        task.resume_execution("__fail__", {"error": AIRFLOW_2}, {})
+    assert not isinstance(caught.value, AirflowSensorTimeout | AirflowFailException)
 
 
 def test_a_trigger_that_broke_is_no_timeout():
