@@ -212,7 +212,14 @@ class CacheSensor(BaseSensorOperator):
             )
             next_method = "execute_complete"
             next_kwargs = {"event": {"status": "timeout", "message": message}}
-        return super().resume_execution(next_method, next_kwargs, context)
+        try:
+            return super().resume_execution(next_method, next_kwargs, context)
+        except AirflowSkipException as exc:
+            # 3.x makes of every skip, ours too, one that only says that soft_fail is set.
+            ours = exc.__cause__
+            if isinstance(ours, AirflowSkipException):
+                raise ours from ours.__cause__
+            raise
 
     @contextmanager
     def _soft_failures_skip(self) -> Iterator[None]:

@@ -294,6 +294,14 @@ def test_a_deferral_that_an_execution_timeout_ends_is_left_to_airflow_2():
     assert not isinstance(caught.value, AirflowSensorTimeout | AirflowFailException)
 
 
+@pytest.mark.parametrize("softly", ["soft_fail", "never_fail"])
+def test_one_that_is_skipped_after_a_deferral_says_why(softly):
+    task = sensor(content_hash=GOLDEN, bucket_name="bbb", **{softly: True})
+    event = {"status": "timeout", "message": "it did not appear"}
+    with pytest.raises(AirflowSkipException, match=r"it did not appear within 5\.0 s"):
+        task.resume_execution("execute_complete", {"event": event}, {})
+
+
 def test_a_trigger_that_broke_is_no_timeout():
     task = sensor(content_hash=GOLDEN, bucket_name="bbb")
     with pytest.raises(Exception, match="Trigger failure") as caught:
