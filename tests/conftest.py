@@ -110,7 +110,7 @@ class FinishedRun:
         tries: task id to the number of tries.
         xcoms: task id to {key: value}.
         rendered: task id to {template field: what it was rendered to, as Airflow shows it}.
-        log: everything the process printed.
+        log: everything the process printed; of a scheduler, its tasks' logs as well.
     """
 
     states: dict[str, str | None]
@@ -186,7 +186,11 @@ def run_scheduler(airflow_home: dict[str, str]) -> Callable[..., list[FinishedRu
         # Before the first `dags test`, which would leave them paused; later it changes nothing.
         _run([*_AIRFLOW, "dags", "reserialize"], env, timeout=timeout)
         command = ["scheduler", "--num-runs", str(loops), "--skip-serve-logs"]
-        return _read_runs(env, dag_id, _run([*_AIRFLOW, *command], env, timeout=timeout))
+        log = _run([*_AIRFLOW, *command], env, timeout=timeout)
+        # Only Airflow 2 writes them; on 3 they are part of what the scheduler prints.
+        files = sorted(Path(env["AIRFLOW_HOME"], "logs", f"dag_id={dag_id}").rglob("*.log"))
+        log = "\n".join([log, *(file.read_text(encoding="utf-8") for file in files)])
+        return _read_runs(env, dag_id, log)
 
     return run
 

@@ -182,6 +182,20 @@ def test_failures_are_final_where_a_retry_would_not_help(run_dag, gcs_server, da
     assert not [request for request in gcs_server.requests if request.method == "POST"]
 
 
+def test_where_no_triggerer_runs_a_wait_ends_for_good_and_says_so(run_scheduler, gcs_server):
+    (run,) = run_scheduler(
+        DAGS / "no_triggerer.py",
+        "no_triggerer",
+        **gcs_server.env(),
+        AIRFLOW__SCHEDULER__TRIGGER_TIMEOUT_CHECK_INTERVAL="0.1",
+    )
+    outcome = {task: (state, run.tries[task]) for task, state in run.states.items()}
+    assert outcome == {"fails": ("failed", 1), "skips": ("skipped", 1)}, run.log
+    words = "no triggerer answered: check that one is running, or pass deferrable=False"
+    assert f"AirflowSensorTimeout: {words}" in run.log
+    assert f"Skipped instead of failed: {words}" in run.log
+
+
 @pytest.mark.skipif(
     not version("apache-airflow").startswith("2."), reason="Airflow 3 has no --dry-run"
 )

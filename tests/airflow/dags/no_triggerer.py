@@ -1,0 +1,28 @@
+"""Sensors that defer where no triggerer runs, so that only the scheduler ever ends their wait."""
+
+from datetime import timedelta
+
+import pendulum
+
+from keras_remote_airflow import CacheSensor, sensors
+
+try:
+    from airflow.sdk import dag
+except ImportError:  # Airflow 2
+    from airflow.decorators import dag
+
+sensors._BACKSTOP = timedelta(0)  # instead of five minutes
+
+RETRIES = {"retries": 2, "retry_delay": pendulum.duration(seconds=0)}
+ABSENT = {"content_hash": "0" * 64, "bucket_name": "test-bucket", "timeout": 0.1}
+
+
+@dag(
+    schedule="@once", start_date=pendulum.datetime(2024, 1, 1), catchup=False, default_args=RETRIES
+)
+def no_triggerer():
+    CacheSensor(task_id="fails", deferrable=True, **ABSENT)
+    CacheSensor(task_id="skips", deferrable=True, soft_fail=True, **ABSENT)
+
+
+no_triggerer()
