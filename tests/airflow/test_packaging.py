@@ -76,6 +76,21 @@ def test_neither_a_dag_file_nor_airflow_pays_for_the_google_provider_or_the_tran
     assert json.loads(run(IMPORTED_BY_AIRFLOW + code + SHOW_IMPORTED, airflow_home, *heavy)) == []
 
 
+DEFERRABLE = """
+import json
+from keras_remote_airflow import CacheSensor
+kinds = {}, {"deferrable": True}, {"deferrable": False}
+sensors = [CacheSensor(task_id="a", content_hash="", bucket_name="b", **kind) for kind in kinds]
+print(json.dumps([sensor.deferrable for sensor in sensors]))
+"""
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_a_sensor_defers_by_airflows_default_unless_it_is_told(airflow_home, default):
+    env = airflow_home | {"AIRFLOW__OPERATORS__DEFAULT_DEFERRABLE": str(default).lower()}
+    assert json.loads(run(DEFERRABLE, env)) == [default, True, False]
+
+
 BARE = """
 import json, sys
 import airflow.configuration  # which lists the providers
