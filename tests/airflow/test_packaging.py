@@ -146,7 +146,8 @@ def test_provider_info_names_things_that_exist():
     from importlib import import_module
 
     info = get_provider_info()
-    for path in info["extra-links"]:
+    decorators = [decorator["class-name"] for decorator in info["task-decorators"]]
+    for path in [*info["extra-links"], *decorators]:
         module, _, name = path.rpartition(".")
         assert hasattr(import_module(module), name)
     for group in info["triggers"]:
