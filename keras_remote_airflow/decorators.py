@@ -75,6 +75,7 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
         "impersonation_chain",
     )
     custom_operator_name = "@task.local_data"
+    ui_color = "#d2e3fc"
 
     _running = False
 

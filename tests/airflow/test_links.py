@@ -5,6 +5,7 @@ import pytest
 from keras_remote_airflow import CacheSensor, DataUploadOperator
 from keras_remote_airflow._compat import XCom
 from keras_remote_airflow.core.refs import make_data_ref
+from keras_remote_airflow.decorators import LocalDataOperator
 from keras_remote_airflow.links import DatasetLink, console_url
 
 BROWSER = "https://console.cloud.google.com/storage/browser"
@@ -36,6 +37,6 @@ def test_both_tasks_have_it(kind):
     assert [link.name for link in kind.operator_extra_links] == ["Cloud Storage"]
 
 
-@pytest.mark.parametrize("kind", [CacheSensor, DataUploadOperator])
-def test_both_tasks_have_the_packages_color_in_the_graph(kind):
+@pytest.mark.parametrize("kind", [CacheSensor, DataUploadOperator, LocalDataOperator])
+def test_every_task_has_the_packages_color_in_the_graph(kind):
     assert kind.ui_color == "#d2e3fc"
