@@ -260,6 +260,11 @@ def test_every_page_is_reachable_from_the_readme():
     assert {page.name for page in PAGES[1:]} <= linked
 
 
+def test_every_example_dag_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\((dags/\w+\.py)\)", read_prose(REPOSITORY / "README.md")))
+    assert linked == {f"dags/{path.name}" for path in REPOSITORY.glob("dags/*.py")}
+
+
 def test_json_examples_are_json():
     blocks = [block for page in PAGES for block in read_blocks(page) if block.language == "json"]
     assert blocks
