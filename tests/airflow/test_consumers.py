@@ -51,7 +51,7 @@ def variables(spec):
 
 
 def test_final_pods_and_jobs(run_dag, gcs_server, dataset):
-    pytest.importorskip("airflow.providers.cncf.kubernetes", reason="dependency group `consumers`")
+    pytest.importorskip("airflow.providers.cncf.kubernetes", reason="dependency group `optional`")
     run = run_dag(
         DAGS / "consumers.py",
         "consumers",
