@@ -120,8 +120,24 @@ class FinishedRun:
     log: str
 
 
+@pytest.fixture(scope="session")
+def nothing_will_go() -> Callable[[str], None]:
+    """`nothing_will_go(log)` fails the test if something that we or the DAG file use will go.
+
+    PYTHONWARNINGS=always makes a process say all of it in its log.
+    """
+
+    def check(log: str) -> None:
+        if found := _OUR_WARNING.findall(log):
+            pytest.fail("\n".join(["what we use will go:", *found]))
+
+    return check
+
+
 @pytest.fixture
-def run_dag(airflow_home: dict[str, str]) -> Callable[..., FinishedRun]:
+def run_dag(
+    airflow_home: dict[str, str], nothing_will_go: Callable[[str], None]
+) -> Callable[..., FinishedRun]:
     """`run_dag(dag_file, dag_id, *, timeout=120, conf=None, reserialize=False, **env)`.
 
     Runs `airflow dags test` (8 to 20 s: put many checks into one run) and returns even when tasks
@@ -147,8 +163,7 @@ def run_dag(airflow_home: dict[str, str]) -> Callable[..., FinishedRun]:
         if reserialize:
             _run([*_AIRFLOW, "dags", "reserialize"], env, timeout=timeout)
         log = _run([*_AIRFLOW, "dags", "test", dag_id, *options], env, timeout=timeout, check=False)
-        if found := _OUR_WARNING.findall(log):
-            pytest.fail("\n".join(["what we use will go:", *found]))
+        nothing_will_go(log)
         return _read_runs(env, dag_id, log)[-1]
 
     return run

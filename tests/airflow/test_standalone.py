@@ -24,12 +24,13 @@ from keras_remote_airflow import Data
 
 EXAMPLES = Path(__file__).parents[2] / "dags"
 IS_AIRFLOW_2 = version("apache-airflow").startswith("2.")
+ENDS = ("success", "failed", "upstream_failed", "skipped")
 PATIENCE = 300  # seconds, for anything that takes a few; the start takes 20 to 60
 
 
 @pytest.mark.timeout(900)
 def test_a_waiting_team_and_a_training_get_what_is_uploaded(
-    new_airflow_home, gcs_server, gcs_bucket, tmp_path
+    new_airflow_home, nothing_will_go, gcs_server, gcs_bucket, tmp_path
 ):
     digits = tmp_path / "data" / "digits"
     for label in "01":
@@ -46,8 +47,10 @@ def test_a_waiting_team_and_a_training_get_what_is_uploaded(
         "STORAGE_EMULATOR_HOST": gcs_server.url,
         "AIRFLOW_VAR_KERAS_REMOTE_BUCKET": gcs_bucket,
         "AIRFLOW_VAR_KERAS_REMOTE_DATA_DIR": str(digits.parent),
+        "KERAS_HOME": str(tmp_path / "keras"),  # else train_digits makes ~/.keras
+        "PYTHONWARNINGS": "always",
     }
-    for name in ("wait_for_dataset.py", "train_when_changed.py"):
+    for name in ("wait_for_dataset.py", "train_when_changed.py", "train_digits.py"):
         shutil.copy(EXAMPLES / name, env["AIRFLOW__CORE__DAGS_FOLDER"])
     with _standalone(env) as airflow:
         airflow.post(
@@ -91,6 +94,23 @@ def test_a_waiting_team_and_a_training_get_what_is_uploaded(
         assert event["extra"] == ref | {"content_hash": content_hash}
         assert [run["dag_id"] for run in event["created_dagruns"]] == ["train_when_changed"]
         assert airflow.runs("train_when_changed") == [training]
+
+        airflow.unpause("train_digits")
+        demo = airflow.trigger("train_digits", data_dir=str(tmp_path / "demo"))
+        airflow.wait_for("report", demo, "success")
+        trained = airflow.xcom(demo, "train")
+        assert trained["accuracy"] >= 0.95
+        assert trained["content_hash"] == Data(str(tmp_path / "demo" / "digits")).content_hash()
+        gcs_uri = f"gs://{gcs_bucket}/default/data-cache/{trained['content_hash']}"
+        assert airflow.xcom(demo, "upload") == ref | {"gcs_uri": gcs_uri}
+        assert airflow.xcom(demo, "upload", "upload_stats")["uploaded_files"] == 1797
+        assert airflow.xcom(demo, "wait") == airflow.xcom(demo, "upload")
+        page = Path(airflow.xcom(demo, "report"))
+        assert f"| accuracy | {trained['accuracy']} |" in page.read_text(encoding="utf-8")
+
+    # Of the tasks, and of the parts of Airflow that parsed the DAGs and waited.
+    for log in Path(env["AIRFLOW_HOME"]).rglob("*.log"):
+        nothing_will_go(log.read_text(errors="replace"))
 
 
 @contextmanager
@@ -206,7 +226,7 @@ class _Client:
     def wait_for(self, task, run, state):
         def is_there():
             found = self.get(f"{run}/taskInstances/{task}")["state"]
-            assert found == state or found not in ("success", "failed", "skipped"), (task, found)
+            assert found == state or found not in ENDS, (task, found)
             return found == state
 
         self.until(is_there, f"{task} of {run} is {state}")
