@@ -29,9 +29,10 @@ _AIRFLOW = [sys.executable, "-m", "airflow"]
 _HERE = Path(__file__).parent
 
 # A warning of what will go, raised from a file of ours or from a DAG file: Airflow prints the path
-# first, or (from 3.2 on) the category.
+# first, or (from 3.2 on) the category. What is raised while a DAG file is imported, and with it
+# our package, these repeat as a UserWarning, whatever it was.
 _OUR_FILE = r"\b(?:keras_remote_airflow|dags)/[\w/]+\.py\b"
-_WILL_GO = r"\b(?:\w*Deprecat\w*|Future|RemovedIn\w+)Warning\b"
+_WILL_GO = r"\b(?:\w*Deprecat\w*|Future|RemovedIn\w+|User)Warning\b"
 _OUR_WARNING = re.compile(f".*{_OUR_FILE}.*{_WILL_GO}.*|.*{_WILL_GO}.*{_OUR_FILE}.*")
 
 

@@ -261,6 +261,8 @@ try:
 except ImportError:
     from airflow.decorators import dag, task
 
+warnings.warn("the file is old", FutureWarning, stacklevel=1)
+
 
 @dag(schedule=None, start_date=pendulum.datetime(2024, 1, 1), catchup=False)
 def warns():
@@ -278,5 +280,7 @@ warns()
 def test_a_run_that_uses_what_will_go_fails_its_test(run_dag, tmp_path):
     dag_file = tmp_path / "warns.py"
     dag_file.write_text(WARNS)
-    with pytest.raises(pytest.fail.Exception, match=r"will go:\n.*warns\.py"):
+    with pytest.raises(pytest.fail.Exception, match=r"will go:\n.*warns\.py") as failure:
         run_dag(dag_file, "warns")
+    assert "the file is old" in str(failure.value)
+    assert "use() is old" in str(failure.value)
