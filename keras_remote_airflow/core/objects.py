@@ -161,7 +161,7 @@ def open_store(
         retry: when to retry; None takes the defaults.
     """
     from keras_remote_airflow.core.store import GcsStore
-    from keras_remote_airflow.core.transport import RetryPolicy, Transport
+    from keras_remote_airflow.core.transport import RetryPolicy, Transport, is_outage
 
     if client is None:
         from google.auth.exceptions import GoogleAuthError
@@ -171,7 +171,12 @@ def open_store(
             # google.cloud.storage has no types.
             client = storage.Client(project=resolve_project(project))  # type: ignore[no-untyped-call]
         except GoogleAuthError as exc:
-            raise StoreError(f"no Google Cloud credentials: {exc}", status=401) from exc
+            outage = is_outage(exc)
+            raise StoreError(
+                f"no Google Cloud credentials: {exc}",
+                status=None if outage else 401,
+                transient=outage,
+            ) from exc
     with Transport(client, retry or RetryPolicy()) as transport:
         yield GcsStore(bucket, transport)
 

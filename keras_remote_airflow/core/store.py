@@ -316,8 +316,7 @@ class GcsStore:
             return status
         # 400 is how Cloud Storage refuses bytes that are not the declared ones. Were they damaged
         # on the way, or has the file changed? The disk knows.
-        if await asyncio.to_thread(_crc32c_of, upload.path) != upload.crc32c:
-            raise _changed(upload, "its CRC32C differs from the one at hash time")
+        await _check_unchanged(upload)
         if b"crc32c" in body.lower() or b"checksum" in body.lower() or b"hash" in body.lower():
             raise RetryableError("the bytes were damaged on the way (HTTP 400)", 400)
         raise refusal(what, 400, body)
@@ -340,8 +339,8 @@ class GcsStore:
             there = _info(json.loads(body))
         if (there.size, there.crc32c) != (upload.size, upload.crc32c):
             # Some servers answer 412 to a bad checksum too: look at the file before the object.
-            if await asyncio.to_thread(_crc32c_of, upload.path) != upload.crc32c:
-                raise _changed(upload, "its CRC32C differs from the one at hash time")
+            what = f"reading {upload.path}"
+            await self._transport.retrying(what, _PIECE, partial(_check_unchanged, upload))
             raise conflict(self._uri(upload.name), there, upload.path, upload.size, upload.crc32c)
         return False
 
@@ -435,8 +434,7 @@ class _Sink:
         """Forget what has arrived."""
         self.size = self._crc32c = 0
         if self._descriptor is None:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._descriptor = os.open(self._path, flags, 0o666)
+            self._descriptor = _open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         else:
             os.lseek(self._descriptor, 0, os.SEEK_SET)
             os.ftruncate(self._descriptor, 0)
@@ -488,14 +486,10 @@ class _Source:
 
     def __enter__(self) -> Self:
         try:
-            self._descriptor = os.open(
-                self._upload.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-            )
+            self._descriptor = _open(self._upload.path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             raise _changed(self._upload, "it is gone") from None
         except OSError as exc:
-            if exc.errno in (errno.EMFILE, errno.ENFILE):  # others will be closed by then
-                raise RetryableError(f"{self._upload.path}: {exc.strerror}") from exc
             if exc.errno == errno.EIO:
                 raise
             raise _changed(self._upload, f"it cannot be opened: {exc.strerror}") from exc
@@ -534,6 +528,16 @@ class _Source:
             if start == size:
                 self.check()
             yield piece
+
+
+def _open(path: str, flags: int) -> int:
+    """Open a file; if too many are open, for another attempt: others will be closed by then."""
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, 0o666)
+    except OSError as exc:
+        if exc.errno in (errno.EMFILE, errno.ENFILE):
+            raise RetryableError(f"{path}: {exc.strerror}") from exc
+        raise
 
 
 def _read_whole(upload: Upload) -> bytes:
@@ -626,16 +630,20 @@ def _changed(upload: Upload, how: str) -> DataChangedError:
     )
 
 
-def _crc32c_of(path: str) -> int | None:
-    """Return the CRC32C of a local file as it is now, or None if it is gone."""
+async def _check_unchanged(upload: Upload) -> None:
+    """Raise DataChangedError unless the file still is the one that was hashed.
+
+    It is read in another thread, so that other transfers go on, and by pieces, so that none is
+    left behind when all is to end.
+    """
     crc32c = 0
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while chunk := file.read(_PIECE):
-                crc32c = google_crc32c.extend(crc32c, chunk)
-    except FileNotFoundError:
-        return None
-    return crc32c
+    with _Source(upload) as source:
+        for start in range(0, upload.size, _PIECE):
+            size = min(_PIECE, upload.size - start)
+            piece = await asyncio.to_thread(source.read, start, size)
+            crc32c = google_crc32c.extend(crc32c, piece)
+    if crc32c != upload.crc32c:
+        raise _changed(upload, "its CRC32C differs from the one at hash time")
 
 
 def _decode(crc32c: str) -> int:

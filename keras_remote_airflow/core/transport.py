@@ -27,12 +27,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import aiohttp
 from yarl import URL
 
 from keras_remote_airflow.core.errors import StoreError
+
+if TYPE_CHECKING:
+    from google.auth.exceptions import GoogleAuthError
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -655,20 +658,32 @@ def _trusting(bundle: str, _modified: float) -> ssl.SSLContext:
 
 
 def _refresh(credentials: Any) -> None:
-    from google.auth.exceptions import GoogleAuthError, TransportError
+    from google.auth.exceptions import GoogleAuthError
     from google.auth.transport.requests import Request
 
     try:
         credentials.refresh(Request())
     except GoogleAuthError as exc:
-        # Credentials of the metadata server wrap its TransportError; those of a token endpoint
-        # say themselves whether to try again.
-        is_outage = isinstance(exc, TransportError) or isinstance(exc.__cause__, TransportError)
-        if is_outage or exc.retryable:
+        if is_outage(exc):
             raise RetryableError(f"no access token could be fetched: {exc}") from exc
         raise StoreError(
             f"no access token could be fetched: {exc}. Check the credentials.", status=401
         ) from exc
+
+
+def is_outage(error: "GoogleAuthError") -> bool:
+    """Tell whether the same credentials may get a token later."""
+    from google.auth.exceptions import TransportError
+
+    # The metadata server's credentials wrap the TransportError, which has the answer, if any.
+    outage = error if isinstance(error, TransportError) else error.__cause__
+    if isinstance(outage, TransportError):
+        status = getattr(outage.args[-1], "status", None) if outage.args else None
+        return status is None or status in _RETRYABLE
+    # Token endpoints say it themselves; of impersonation there is only the answer's JSON.
+    with suppress(LookupError, TypeError, ValueError):
+        return json.loads(error.args[1])["error"]["code"] in _RETRYABLE
+    return bool(error.retryable)
 
 
 def refusal(what: str, status: int, body: bytes) -> StoreError:

@@ -19,6 +19,8 @@ from pathlib import Path
 import psutil  # comes with Airflow
 import pytest
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
 
 from keras_remote_airflow import Data
 
@@ -193,6 +195,11 @@ class _Client:
         self._api = f"{url}/api/{'v1' if IS_AIRFLOW_2 else 'v2'}"
         self._http = requests.Session()
         self._http.trust_env = False  # no proxies
+        # Now and then SQLite is locked, an internal error; what changes nothing is asked again.
+        again = Retry(
+            5, connect=0, status_forcelist=[500], allowed_methods=["GET"], backoff_factor=0.5
+        )
+        self._http.mount(url, HTTPAdapter(max_retries=again))
         self.until(self._is_healthy, "all of Airflow is up")
         if IS_AIRFLOW_2:
             self._http.auth = "admin", (home / "standalone_admin_password.txt").read_text()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from email.message import Message
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -300,9 +301,11 @@ def wrapped(outage: Exception) -> Exception:
     [
         TransportError("no route"),
         wrapped(TransportError("no route")),
+        wrapped(TransportError("busy", SimpleNamespace(status=503))),
         RefreshError("503 from the token endpoint", retryable=True),
+        RefreshError("Unable to acquire impersonated credentials", '{"error": {"code": 503}}'),
     ],
-    ids=["network", "metadata server", "token endpoint"],
+    ids=["network", "metadata server", "its answer", "token endpoint", "impersonation"],
 )
 def test_outage_of_whoever_gives_tokens_is_ridden_out(gcs_server, gcs_bucket, tmp_path, outage):
     class Flaky(ShortLived):
@@ -318,14 +321,25 @@ def test_outage_of_whoever_gives_tokens_is_ridden_out(gcs_server, gcs_bucket, tm
     assert upload(gcs_bucket, tmp_path, client=client, retry=policy).uploaded_files == 1
 
 
-def test_credentials_that_are_refused_are_not_tried_again(gcs_server, gcs_bucket, tmp_path):
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        RefreshError("not allowed", {"error": "invalid_grant"}),
+        wrapped(TransportError("not allowed", SimpleNamespace(status=403))),
+        RefreshError("not allowed", '{"error": {"code": 403}}'),
+    ],
+    ids=["token endpoint", "metadata server", "impersonation"],
+)
+def test_credentials_that_are_refused_are_not_tried_again(
+    gcs_server, gcs_bucket, tmp_path, refusal
+):
     class Revoked(ShortLived):
         def refresh(self, request: object) -> None:
             self.refreshes += 1
-            raise RefreshError("invalid_grant: the account is disabled")
+            raise refusal
 
     credentials = Revoked()
-    with pytest.raises(StoreError, match=r"invalid_grant.*Check the credentials") as raised:
+    with pytest.raises(StoreError, match=r"not allowed.*Check the credentials") as raised:
         upload(gcs_bucket, tmp_path, client=client_for(gcs_server.url, credentials))
     assert (raised.value.status, credentials.refreshes) == (401, 1)
 
