@@ -34,7 +34,7 @@ _COMMAND = ["python", "-m", "keras_remote_airflow.materialize"]
 # Where an init container sees the volume. The data goes into a directory inside, because a mount
 # point cannot be renamed into place.
 _VOLUME_PATH = "/keras-remote"
-_STARTUP_TIMEOUT = 3600
+_STARTUP_TIMEOUT = 3600  # seconds
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 
 

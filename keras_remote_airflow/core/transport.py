@@ -639,8 +639,8 @@ def _tls(*urls: str | None) -> ssl.SSLContext | Literal[True]:
     return _trusting(bundle, os.path.getmtime(bundle) if os.path.exists(bundle) else 0.0)
 
 
-# Reading the certificates takes longer than a small upload. By the time of modification a bundle
-# that was replaced is read again.
+# Reading the certificates takes longer than a look into the cache of data. By its time of
+# modification a bundle that was replaced is read again.
 @lru_cache(1)
 def _trusting(bundle: str, _modified: float) -> ssl.SSLContext:
     context = ssl.create_default_context()
