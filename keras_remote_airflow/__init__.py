@@ -7,17 +7,17 @@ google.cloud: a DAG file pays for what it uses, and a training container needs n
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from keras_remote_airflow.core import __version__
+
 if TYPE_CHECKING:
     from keras_remote_airflow.assets import ref_from_triggering_event
-    from keras_remote_airflow.core.cache import upload_data
+    from keras_remote_airflow.core.datasets.upload import upload_data
     from keras_remote_airflow.core.data import Data
-    from keras_remote_airflow.core.materialize import materialize
-    from keras_remote_airflow.core.project import get_default_project
+    from keras_remote_airflow.core.datasets.materialize import materialize
+    from keras_remote_airflow.core.cloud.bucket import get_default_project
     from keras_remote_airflow.core.refs import is_data_ref, make_data_ref
     from keras_remote_airflow.operators import DataUploadOperator
     from keras_remote_airflow.sensors import CacheSensor
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CacheSensor",
@@ -29,18 +29,19 @@ __all__ = [
     "materialize",
     "ref_from_triggering_event",
     "upload_data",
+    "__version__",
 ]
 
 _HOME = {
     "CacheSensor": "sensors",
     "Data": "core.data",
     "DataUploadOperator": "operators",
-    "get_default_project": "core.project",
+    "get_default_project": "core.cloud.bucket",
     "is_data_ref": "core.refs",
     "make_data_ref": "core.refs",
-    "materialize": "core.materialize",
+    "materialize": "core.datasets.materialize",
     "ref_from_triggering_event": "assets",
-    "upload_data": "core.cache",
+    "upload_data": "core.datasets.upload",
 }
 
 

@@ -129,7 +129,7 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
         client: Any = None
 
         def fetch(ref: dict[str, Any]) -> str:
-            from keras_remote_airflow.core.materialize import materialize
+            from keras_remote_airflow.core.datasets.materialize import materialize
 
             nonlocal client
             if client is None:

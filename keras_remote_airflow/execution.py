@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from keras_remote_airflow._compat import AirflowFailException, Context, make_gcs_hook
 from keras_remote_airflow.core.errors import PERMANENT_ERRORS
-from keras_remote_airflow.core.project import resolve_project
+from keras_remote_airflow.core.cloud.bucket import resolve_project
 
 
 class Connection(NamedTuple):

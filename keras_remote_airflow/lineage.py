@@ -9,7 +9,7 @@ from keras_remote_airflow._compat import make_operator_lineage
 from keras_remote_airflow.core.layout import split_gcs_uri
 
 if TYPE_CHECKING:
-    from keras_remote_airflow.core.cache import UploadResult
+    from keras_remote_airflow.core.datasets.upload import UploadResult
 
 
 def describe_upload(path: str, result: "UploadResult | None") -> Any:

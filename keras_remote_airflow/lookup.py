@@ -57,7 +57,7 @@ class Lookup:
             ConflictError: there is more under the hash than the marker says.
             StoreError: Cloud Storage refused.
         """
-        from keras_remote_airflow.core.cache import find
+        from keras_remote_airflow.core.datasets.lookup import find
 
         try:
             entry = find(

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from keras_remote_airflow.core.errors import InvalidInputError, KerasRemoteError
-from keras_remote_airflow.core.materialize import materialize
+from keras_remote_airflow.core.datasets.materialize import materialize
 from keras_remote_airflow.core.refs import REF_VARIABLE, make_data_ref
 
 

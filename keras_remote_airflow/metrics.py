@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from keras_remote_airflow._compat import Stats
 
 if TYPE_CHECKING:
-    from keras_remote_airflow.core.cache import UploadResult
+    from keras_remote_airflow.core.datasets.upload import UploadResult
 
 _PREFIX = "keras_remote.upload"
 

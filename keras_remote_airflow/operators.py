@@ -22,7 +22,7 @@ from keras_remote_airflow.links import DatasetLink
 from keras_remote_airflow.metrics import count_upload
 
 if TYPE_CHECKING:
-    from keras_remote_airflow.core.cache import UploadResult
+    from keras_remote_airflow.core.datasets.upload import UploadResult
     from keras_remote_airflow.core.data import Data
 
 _ON_CACHE_HIT = ("continue", "skip")
@@ -160,7 +160,7 @@ class DataUploadOperator(BaseOperator):
         self._upload(dry_run=True)
 
     def _upload(self, *, dry_run: bool = False) -> "UploadResult":
-        from keras_remote_airflow.core.cache import upload
+        from keras_remote_airflow.core.datasets.upload import upload
         from keras_remote_airflow.core.data import as_data
 
         data = as_data(self.data)

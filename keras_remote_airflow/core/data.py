@@ -71,10 +71,10 @@ class Data:
         return self._raw_path.endswith("/") if self.is_gcs else os.path.isdir(self._path)
 
     def content_hash(self, hash_index: str | None = None) -> str:
-        """Read the data and return its content hash: 64 hex digits, see `core.hashing`.
+        """Read the data and return its content hash: 64 hex digits, see `core.disk.hashing`.
 
         Args:
-            hash_index: local file that remembers the hashes of unchanged files, see `core.index`;
+            hash_index: local file that remembers the hashes of unchanged files, see `core.disk.index`;
                 it is read and written. None takes the environment's `KERAS_REMOTE_HASH_INDEX`, or
                 reads every file.
 
@@ -83,8 +83,8 @@ class Data:
                 readable file.
             DataChangedError: a file changed or vanished while it was read.
         """
-        from keras_remote_airflow.core.hashing import take_snapshot
-        from keras_remote_airflow.core.index import default_index
+        from keras_remote_airflow.core.disk.hashing import take_snapshot
+        from keras_remote_airflow.core.disk.index import default_index
 
         if self.is_gcs:
             raise InvalidInputError(

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import islice
 
-from keras_remote_airflow import __version__
+from keras_remote_airflow.core import __version__
 from keras_remote_airflow.core.errors import InvalidInputError, MarkerError
 
 FORMAT_VERSION = 1

@@ -69,9 +69,9 @@ def test_neither_a_dag_file_nor_airflow_pays_for_the_google_provider_or_the_tran
         "google_crc32c",
         "requests",
         "tqdm",
-        "keras_remote_airflow.core.hashing",
-        "keras_remote_airflow.core.store",
-        "keras_remote_airflow.core.transport",
+        "keras_remote_airflow.core.disk.hashing",
+        "keras_remote_airflow.core.cloud.gcs",
+        "keras_remote_airflow.core.cloud.transport",
     ]
     assert json.loads(run(IMPORTED_BY_AIRFLOW + code + SHOW_IMPORTED, airflow_home, *heavy)) == []
 

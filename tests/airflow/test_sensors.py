@@ -108,7 +108,7 @@ def test_kinetics_own_upload_and_ref_are_understood(execute, gcs_server):
 
 
 def test_an_outage_is_waited_out(execute, published, gcs_server, monkeypatch):
-    from keras_remote_airflow.core import cache
+    from keras_remote_airflow.core.datasets import lookup, upload
 
     find = cache.find
     outages = [StoreError("503 for two minutes", status=503, transient=True)] * 2

@@ -80,7 +80,7 @@ def ours(job: Job) -> Actions:
     from keras_remote_airflow import Data, make_data_ref, materialize
 
     # A first import is no part of what is measured.
-    from keras_remote_airflow.core import cache, hashing, store  # noqa: F401
+    from keras_remote_airflow.core.cloud import gcs; from keras_remote_airflow.core.datasets import upload; from keras_remote_airflow.core.disk import hashing  # noqa: F401
 
     client = storage.Client(project=PROJECT)
     index = {"hash_index": os.path.join(job.scratch, "index")}
@@ -93,7 +93,7 @@ def ours(job: Job) -> Actions:
         materialize(ref, os.path.join(job.scratch, "out"), client=client)
 
     def plan(**options: Any) -> str:
-        cache.open_store = _open_insatiable  # type: ignore[assignment]
+        cache.open_bucket = _open_insatiable  # type: ignore[assignment]
         return upload(**options)
 
     return {
@@ -125,7 +125,7 @@ class _Insatiable:
         return None
 
     def list_page(self, prefix: str, token: str | None = None) -> Any:
-        from keras_remote_airflow.core.objects import Page
+        from keras_remote_airflow.core.cloud.store import Page
 
         return Page([], None)
 

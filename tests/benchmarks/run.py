@@ -241,7 +241,7 @@ class Bench:
 
 
 def _has_stat_index() -> bool:
-    from keras_remote_airflow.core.cache import upload_data
+    from keras_remote_airflow.core.datasets.upload import upload_data
 
     return "hash_index" in inspect.signature(upload_data).parameters
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import google_crc32c
 
 from keras_remote_airflow.core.errors import ConflictError, DataChangedError, IntegrityError
-from keras_remote_airflow.core.objects import Download, ObjectInfo, Page, Upload
+from keras_remote_airflow.core.cloud.store import ObjectToFetch, ObjectInfo, Page, FileToSend
 
 
 class MemoryStore:
@@ -60,15 +60,15 @@ class MemoryStore:
 
     def upload(
         self,
-        uploads: Iterable[Upload],
-        done: Callable[[Upload, bool], None],
+        uploads: Iterable[FileToSend],
+        done: Callable[[FileToSend, bool], None],
         moved: Callable[[int], None] = abs,
     ) -> None:
         self.calls.append("upload")
         for upload in uploads:
             done(upload, self._upload_one(upload))
 
-    def _upload_one(self, upload: Upload) -> bool:
+    def _upload_one(self, upload: FileToSend) -> bool:
         if not os.path.exists(upload.path):
             raise DataChangedError(f"{upload.path} is gone")
         with open(upload.path, "rb") as file:
@@ -85,8 +85,8 @@ class MemoryStore:
 
     def download(
         self,
-        downloads: Iterable[Download],
-        done: Callable[[Download], None],
+        downloads: Iterable[ObjectToFetch],
+        done: Callable[[ObjectToFetch], None],
         moved: Callable[[int], None] = abs,
     ) -> None:
         self.calls.append("download")

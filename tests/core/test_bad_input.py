@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from keras_remote_airflow import Data
-from keras_remote_airflow.core.cache import upload
+from keras_remote_airflow.core.datasets.upload import upload
 from keras_remote_airflow.core.errors import InvalidInputError
 
 from .conftest import writes
@@ -131,7 +131,7 @@ def test_special_files_are_never_opened(tmp_path):
         script = """
 import sys
 from keras_remote_airflow.core.errors import InvalidInputError
-from keras_remote_airflow.core.hashing import take_snapshot
+from keras_remote_airflow.core.disk.hashing import take_snapshot
 opened = []
 sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
 try:
@@ -170,9 +170,9 @@ def test_unreadable_content_is_named_and_nothing_is_written(case, gcs_server, gc
         script = """
 import os, sys
 from google.cloud import storage
-from keras_remote_airflow.core.cache import upload
+from keras_remote_airflow.core.datasets.upload import upload
 from keras_remote_airflow.core.errors import InvalidInputError
-import keras_remote_airflow.core.hashing, keras_remote_airflow.core.store
+import keras_remote_airflow.core.disk.hashing, keras_remote_airflow.core.cloud.gcs
 if os.getuid() == 0:  # after which Python's own files may be out of reach
     os.setgroups([])
     os.setgid(65534)

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from keras_remote_airflow.core.cache import find, upload
+from keras_remote_airflow.core.datasets.lookup import find
+from keras_remote_airflow.core.datasets.upload import upload
 
 from .conftest import stored
 

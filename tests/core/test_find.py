@@ -5,7 +5,8 @@ import logging
 
 import pytest
 
-from keras_remote_airflow.core.cache import CacheEntry, find, upload
+from keras_remote_airflow.core.datasets.lookup import CacheEntry, find
+from keras_remote_airflow.core.datasets.upload import upload
 from keras_remote_airflow.core.errors import (
     ConflictError,
     InvalidInputError,

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from keras_remote_airflow import Data
 from keras_remote_airflow.core.errors import DataChangedError, InvalidInputError
-from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH, take_snapshot
+from keras_remote_airflow.core.disk.hashing import take_snapshot
+from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH
 
 from . import reference
 
@@ -107,7 +108,7 @@ def test_files_of_every_size_hash_like_the_reference(tree):
 
 @pytest.mark.parametrize("huge", [1 << 20, 64 << 20], ids=["read ahead", "not"])
 def test_a_single_large_file_hashes_like_the_reference(tmp_path, monkeypatch, huge):
-    monkeypatch.setattr("keras_remote_airflow.core.hashing._HUGE", huge)
+    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing._HUGE", huge)
     path = tmp_path / "weights.bin"
     content = os.urandom(5 * 1024 * 1024 + 13)
     path.write_bytes(content)
@@ -205,7 +206,7 @@ def slow_disk(monkeypatch):
         threads: ClassVar[list[str]] = []
 
     # So much that a busy machine, which makes us wait for the processor, is no slow disk here.
-    monkeypatch.setattr("keras_remote_airflow.core.hashing._PATIENCE", 0.002)
+    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing._PATIENCE", 0.002)
     disk, lock, system_open = Disk(), threading.Lock(), os.open
 
     def slow_open(path, flags, mode=0o777, *, dir_fd=None):
@@ -221,7 +222,7 @@ def slow_disk(monkeypatch):
             with lock:
                 disk.now -= 1
 
-    monkeypatch.setattr("keras_remote_airflow.core.hashing.os.open", slow_open)
+    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing.os.open", slow_open)
     return disk
 
 
@@ -238,7 +239,7 @@ def test_files_that_do_not_are_read_one_by_one(tree, slow_disk):
 
 
 def test_reading_many_at_once_ends_when_the_disk_has_become_fast(tree, slow_disk, monkeypatch):
-    monkeypatch.setattr("keras_remote_airflow.core.hashing._WIDE_FILES", 50)
+    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing._WIDE_FILES", 50)
     opened = slow_disk.threads
 
     def heal(name, **kept):
@@ -246,7 +247,7 @@ def test_reading_many_at_once_ends_when_the_disk_has_become_fast(tree, slow_disk
         return sha256(name, **kept)
 
     sha256 = hashlib.sha256
-    monkeypatch.setattr("keras_remote_airflow.core.hashing.hashlib.sha256", heal)
+    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing.hashlib.sha256", heal)
     opened.clear()
     take_snapshot(str(tree({str(n): bytes(n) for n in range(400)})))
     assert len(set(opened)) > 2
@@ -256,7 +257,7 @@ def test_reading_many_at_once_ends_when_the_disk_has_become_fast(tree, slow_disk
 def test_what_has_taken_a_files_place_is_a_change_with_its_full_path(tree, monkeypatch):
     root = tree({})
     # Listed as a file, and opened when it is a link to itself.
-    monkeypatch.setattr("keras_remote_airflow.core.hashing._list", lambda *_: (["b"], []))
+    monkeypatch.setattr("keras_remote_airflow.core.disk.tree._list", lambda *_: (["b"], []))
     (root / "b").symlink_to("b")
     with pytest.raises(DataChangedError, match=re.escape(f"{root}/b vanished")):
         take_snapshot(str(root))
@@ -271,7 +272,7 @@ def test_an_error_of_the_disk_names_the_full_path(tree, monkeypatch):
             raise OSError(errno.EIO, "Input/output error", path)
         return system_open(path, *arguments, **options)
 
-    monkeypatch.setattr("keras_remote_airflow.core.hashing.os.open", failing)
+    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing.os.open", failing)
     with pytest.raises(OSError, match=re.escape(f"Input/output error: '{root}/sub/data.csv'")):
         take_snapshot(str(root))
 
@@ -285,7 +286,7 @@ def test_a_file_that_grows_as_fast_as_it_is_read_is_not_read_without_end(tmp_pat
         read.append(size)
         return bytes(size)
 
-    monkeypatch.setattr("keras_remote_airflow.core.hashing.os.read", growing)
+    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing.os.read", growing)
     with pytest.raises(DataChangedError, match="growing changed"):
         take_snapshot(str(path))
     assert sum(read) < 4 << 20
@@ -308,7 +309,7 @@ def test_few_descriptors_are_enough(tmp_path, waiting):
     script = (
         "import sys\n"
         "from resource import RLIMIT_NOFILE, getrlimit, setrlimit\n"
-        "from keras_remote_airflow.core import hashing\n"
+        "from keras_remote_airflow.core.disk import hashing\n"
         f"hashing._PATIENCE = {-1 if waiting else 1}\n"
         f"setrlimit(RLIMIT_NOFILE, ({90 if waiting else 40}, getrlimit(RLIMIT_NOFILE)[1]))\n"
         "print(hashing.take_snapshot(sys.argv[1]).content_hash)\n"

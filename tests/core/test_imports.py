@@ -57,7 +57,7 @@ class NoAirflow:
 
 sys.meta_path.insert(0, NoAirflow())
 from keras_remote_airflow import Data, upload_data, make_data_ref, materialize, is_data_ref
-from keras_remote_airflow.core.cache import find
+from keras_remote_airflow.core.datasets.lookup import find
 
 bucket, path, dest = sys.argv[1:]
 for layout in ("keras_remote", "kinetic"):

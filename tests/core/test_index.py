@@ -17,8 +17,9 @@ import pytest
 
 from keras_remote_airflow.core.data import Data
 from keras_remote_airflow.core.errors import InvalidInputError
-from keras_remote_airflow.core.hashing import FileRecord, take_snapshot
-from keras_remote_airflow.core.index import HashIndex
+from keras_remote_airflow.core.disk.hashing import take_snapshot
+from keras_remote_airflow.core.disk.snapshot import FileRecord
+from keras_remote_airflow.core.disk.index import HashIndex
 
 LONG_AGO = 1_600_000_000
 
@@ -44,7 +45,7 @@ def _write(path: Path, content: bytes, mtime: float = LONG_AGO) -> None:
 
 def _settle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let files count as old although their ctime, which nobody can set, is now."""
-    monkeypatch.setattr("keras_remote_airflow.core.index._GRANULARITY_NS", -(10**18))
+    monkeypatch.setattr("keras_remote_airflow.core.disk.index._GRANULARITY_NS", -(10**18))
 
 
 def _reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -168,7 +169,7 @@ def test_only_what_was_modified_more_than_two_seconds_ago_is_recorded(
 ):
     newest = max(os.stat(path).st_ctime_ns for path in tree.rglob("*") if path.is_file())
     clock = SimpleNamespace(time_ns=lambda: newest + 2_000_000_000 + later_ns)
-    monkeypatch.setattr("keras_remote_airflow.core.index.time", clock)
+    monkeypatch.setattr("keras_remote_airflow.core.disk.index.time", clock)
     take_snapshot(str(tree), index)
     opened = _reads(monkeypatch)
     take_snapshot(str(tree), index)
@@ -288,7 +289,7 @@ def test_what_another_process_saves_before_the_lock_is_ours_is_kept(tree, index,
             meanwhile.pop()()
         system_flock(file, operation)
 
-    monkeypatch.setattr("keras_remote_airflow.core.index.fcntl.flock", flock)
+    monkeypatch.setattr("keras_remote_airflow.core.disk.index.fcntl.flock", flock)
     take_snapshot(str(tree), index)
     assert {section["root"] for section in _sections(index)} == {str(tree), str(other)}
 

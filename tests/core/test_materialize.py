@@ -9,12 +9,13 @@ import tracemalloc
 import pytest
 
 from keras_remote_airflow import make_data_ref, materialize
-from keras_remote_airflow.core.cache import upload
+from keras_remote_airflow.core.datasets.upload import upload
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, StoreError
-from keras_remote_airflow.core.hashing import take_snapshot
+from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.core.layout import CacheKey, get_layout
-from keras_remote_airflow.core.materialize import _RefData, partial_name
-from keras_remote_airflow.core.objects import Page, list_objects
+from keras_remote_airflow.core.datasets.materialize import _RefData
+from keras_remote_airflow.core.disk.destination import partial_name
+from keras_remote_airflow.core.cloud.store import Page, list_objects
 from keras_remote_airflow.core.refs import DataRef
 
 from .conftest import on_disk, writes

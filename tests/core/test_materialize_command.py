@@ -155,7 +155,7 @@ def test_no_credentials_are_exit_code_1(monkeypatch, tmp_path):
 )
 def test_the_packages_name_stays_the_function_in_every_order_of_import(script):
     check = (
-        "\nfrom keras_remote_airflow.core.materialize import materialize as function"
+        "\nfrom keras_remote_airflow.core.datasets.materialize import materialize as function"
         "\nfrom keras_remote_airflow import materialize as name"
         "\nassert name is package.materialize is function"
     )

@@ -6,7 +6,7 @@ import pytest
 
 import keras_remote_airflow
 from keras_remote_airflow import get_default_project
-from keras_remote_airflow.core.project import resolve_project
+from keras_remote_airflow.core.cloud.bucket import resolve_project
 
 VARIABLES = ("KERAS_REMOTE_PROJECT", "GOOGLE_CLOUD_PROJECT")
 

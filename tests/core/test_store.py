@@ -22,17 +22,10 @@ from keras_remote_airflow.core.errors import (
     IntegrityError,
     StoreError,
 )
-from keras_remote_airflow.core.objects import (
-    Download,
-    ObjectInfo,
-    ObjectStore,
-    Upload,
-    how_to_clear,
-    list_objects,
-    open_store,
-)
-from keras_remote_airflow.core.store import DIGEST_KEY
-from keras_remote_airflow.core.transport import RetryPolicy
+from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.cloud.store import ObjectToFetch, ObjectInfo, ObjectStore, FileToSend, how_to_clear, list_objects
+from keras_remote_airflow.core.cloud.gcs import DIGEST_KEY
+from keras_remote_airflow.core.cloud.retry import RetryPolicy
 from keras_remote_airflow.testing import Fault
 
 from .memory_store import MemoryStore
@@ -79,7 +72,7 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
         return
     bucket = request.getfixturevalue("bucket")
     quick = RetryPolicy(initial=0.001)
-    with open_store(bucket.name, retry=quick) as store:
+    with open_bucket(bucket.name, retry=quick) as store:
         yield Subject(
             store,
             lambda name: bucket.blob(name).delete(),
@@ -93,13 +86,13 @@ def store(subject: Subject) -> ObjectStore:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Callable[[str, bytes], Upload]:
+def file(tmp_path: Path) -> Callable[[str, bytes], FileToSend]:
     """`file(name, content) -> Upload` of a new local file that holds the content."""
 
-    def make(name: str, content: bytes) -> Upload:
+    def make(name: str, content: bytes) -> FileToSend:
         path = tmp_path / hashlib.sha256(name.encode()).hexdigest()
         path.write_bytes(content)
-        return Upload(
+        return FileToSend(
             str(path),
             name,
             len(content),
@@ -111,7 +104,7 @@ def file(tmp_path: Path) -> Callable[[str, bytes], Upload]:
     return make
 
 
-def send(store: ObjectStore, *uploads: Upload) -> dict[str, bool]:
+def send(store: ObjectStore, *uploads: FileToSend) -> dict[str, bool]:
     """Upload, and return which names were sent."""
     sent: dict[str, bool] = {}
     store.upload(iter(uploads), lambda upload, was_sent: sent.update({upload.name: was_sent}))
@@ -150,7 +143,7 @@ def test_any_name_survives_the_way_there_and_back(store, file, tmp_path, name):
     assert send(store, file(name + ".up", b"sent")) == {name + ".up": True}
     infos = list(list_objects(store, name))
     assert [info.name for info in infos] == [name, name + ".up"]
-    store.download([Download(infos[1], str(tmp_path / "back"))], lambda _: None)
+    store.download([ObjectToFetch(infos[1], str(tmp_path / "back"))], lambda _: None)
     assert (tmp_path / "back").read_bytes() == b"sent"
 
 
@@ -196,7 +189,7 @@ def test_file_of_any_size_arrives_whole_and_comes_back_whole(store, file, tmp_pa
     assert send(store, upload) == {"big": True}
     info = only(store, "big")
     assert (info.size, info.crc32c, info.digest) == (size, upload.crc32c, upload.digest.hex())
-    store.download([Download(info, str(tmp_path / "back"))], lambda _: None)
+    store.download([ObjectToFetch(info, str(tmp_path / "back"))], lambda _: None)
     assert (tmp_path / "back").read_bytes() == content
 
 
@@ -208,7 +201,7 @@ def test_each_upload_and_download_is_reported_once(store, file, tmp_path):
     reported.clear()
     infos = list(list_objects(store, ""))
     store.download(
-        (Download(info, str(tmp_path / f"back-{info.name}")) for info in infos),
+        (ObjectToFetch(info, str(tmp_path / f"back-{info.name}")) for info in infos),
         lambda done: reported.append(done.info.name),
     )
     assert sorted(reported) == names
@@ -272,7 +265,7 @@ def test_object_gone_since_it_was_listed_is_an_integrity_error(subject, tmp_path
     info = only(subject.store, "name")
     subject.delete("name")
     with pytest.raises(IntegrityError, match="name"):
-        subject.store.download([Download(info, str(tmp_path / "back"))], lambda _: None)
+        subject.store.download([ObjectToFetch(info, str(tmp_path / "back"))], lambda _: None)
 
 
 def test_object_replaced_since_it_was_listed_is_an_integrity_error(subject, tmp_path):
@@ -280,21 +273,21 @@ def test_object_replaced_since_it_was_listed_is_an_integrity_error(subject, tmp_
     info = only(subject.store, "name")
     subject.replace("name", b"CONTENT")
     with pytest.raises(IntegrityError, match="name"):
-        subject.store.download([Download(info, str(tmp_path / "back"))], lambda _: None)
+        subject.store.download([ObjectToFetch(info, str(tmp_path / "back"))], lambda _: None)
 
 
 def test_bytes_that_disagree_with_the_checksum_are_an_integrity_error(store, tmp_path):
     store.create("name", b"content")
     info = only(store, "name")._replace(crc32c=1)
     with pytest.raises(IntegrityError, match="name"):
-        store.download([Download(info, str(tmp_path / "back"))], lambda _: None)
+        store.download([ObjectToFetch(info, str(tmp_path / "back"))], lambda _: None)
 
 
 def test_download_does_not_overwrite_a_file(store, tmp_path):
     store.create("name", b"content")
     (tmp_path / "back").write_bytes(b"mine")
     with pytest.raises(FileExistsError):
-        store.download([Download(only(store, "name"), str(tmp_path / "back"))], lambda _: None)
+        store.download([ObjectToFetch(only(store, "name"), str(tmp_path / "back"))], lambda _: None)
     assert (tmp_path / "back").read_bytes() == b"mine"
 
 
@@ -307,11 +300,11 @@ def test_bytes_on_the_move_are_told_and_none_of_them_twice(gcs_server, bucket, f
     gcs_server.add_fault(Fault(path="alt=media", action="truncate", after_bytes=5 << 20))
     done_at: list[int] = []
     moved: list[int] = []
-    with open_store(bucket.name, retry=RetryPolicy(initial=0.001)) as store:
+    with open_bucket(bucket.name, retry=RetryPolicy(initial=0.001)) as store:
         uploads = [file("large", os.urandom(size)), file("small", b"x" * (1 << 20))]
         store.upload(uploads, lambda *_: done_at.append(sum(moved)), moved.append)
         up, moved[:] = moved[:], []
-        downloads = [Download(i, str(tmp_path / i.name)) for i in list_objects(store, "")]
+        downloads = [ObjectToFetch(i, str(tmp_path / i.name)) for i in list_objects(store, "")]
         store.download(downloads, lambda _: done_at.append(sum(moved)), moved.append)
     for steps in (up, moved):
         reached = list(itertools.accumulate(steps))
@@ -322,7 +315,7 @@ def test_bytes_on_the_move_are_told_and_none_of_them_twice(gcs_server, bucket, f
 
 
 def test_missing_bucket_is_an_error_of_its_own(gcs_bucket, tmp_path, file):
-    with open_store("no-such-bucket-here") as store:
+    with open_bucket("no-such-bucket-here") as store:
         for attempt in (
             lambda: store.read("name"),
             lambda: store.list_page("name"),
@@ -336,7 +329,7 @@ def test_missing_bucket_is_an_error_of_its_own(gcs_bucket, tmp_path, file):
 
 def test_uploaded_object_carries_digest_checksum_and_content_type(bucket, file):
     upload = file("train.csv", b"a,b\n1,2\n")
-    with open_store(bucket.name) as store:
+    with open_bucket(bucket.name) as store:
         send(store, upload)
     blob = bucket.get_blob("train.csv")
     assert blob.metadata == {DIGEST_KEY: upload.digest.hex()}
@@ -345,7 +338,7 @@ def test_uploaded_object_carries_digest_checksum_and_content_type(bucket, file):
 
 
 def test_every_write_is_create_only_and_declares_its_checksum(gcs_server, gcs_bucket, file):
-    with open_store(gcs_bucket) as store:
+    with open_bucket(gcs_bucket) as store:
         store.create("marker", b"{}")
         send(store, file("small", b"x"), file("large", b"x" * (9 << 20)))
     posts = [request for request in gcs_server.requests if request.method == "POST"]
@@ -354,9 +347,9 @@ def test_every_write_is_create_only_and_declares_its_checksum(gcs_server, gcs_bu
 
 
 def test_work_that_waits_for_its_own_store_is_an_error_and_no_deadlock(bucket, tmp_path):
-    with open_store(bucket.name) as store:
+    with open_bucket(bucket.name) as store:
         store.create("name", b"content")
-        downloads = (Download(info, str(tmp_path / "back")) for info in list_objects(store, ""))
+        downloads = (ObjectToFetch(info, str(tmp_path / "back")) for info in list_objects(store, ""))
         with pytest.raises(RuntimeError, match="its own store"):
             store.download(downloads, lambda _: None)
 
@@ -365,7 +358,7 @@ def test_store_lets_go_of_its_thread(gcs_bucket):
     import threading
 
     before = set(threading.enumerate())
-    with open_store(gcs_bucket) as store:
+    with open_bucket(gcs_bucket) as store:
         store.read("name")
         assert set(threading.enumerate()) > before
     assert set(threading.enumerate()) == before
@@ -386,7 +379,7 @@ def test_answer_that_is_not_cloud_storages_is_an_error_that_says_so(monkeypatch)
     with http.server.HTTPServer(("127.0.0.1", 0), Page) as portal:
         threading.Thread(target=portal.serve_forever, daemon=True).start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{portal.server_port}")
-        with open_store("bucket") as store, pytest.raises(StoreError, match="not Cloud Storage"):
+        with open_bucket("bucket") as store, pytest.raises(StoreError, match="not Cloud Storage"):
             store.list_page("x")
         portal.shutdown()
 
@@ -394,7 +387,7 @@ def test_answer_that_is_not_cloud_storages_is_an_error_that_says_so(monkeypatch)
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:9", "ftp://127.0.0.1:9"])
 def test_endpoint_that_is_no_http_url_fails_at_once(monkeypatch, endpoint):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
-    with open_store("bucket") as store, pytest.raises(StoreError, match="Check the endpoint"):
+    with open_bucket("bucket") as store, pytest.raises(StoreError, match="Check the endpoint"):
         store.list_page("x")
 
 
@@ -402,7 +395,7 @@ def test_proxy_without_a_scheme_is_an_http_proxy(gcs_server, monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://storage.invalid")
     monkeypatch.setenv("http_proxy", gcs_server.url.removeprefix("http://"))
     # Whatever a server that is no proxy makes of the request: it was asked.
-    with open_store("test-bucket") as store, suppress(StoreError):
+    with open_bucket("test-bucket") as store, suppress(StoreError):
         store.list_page("x")
     assert gcs_server.requests
 
@@ -410,12 +403,12 @@ def test_proxy_without_a_scheme_is_an_http_proxy(gcs_server, monkeypatch):
 def test_proxy_that_cannot_be_used_is_named(monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://storage.invalid")
     monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:9")
-    with pytest.raises(StoreError, match="socks5 proxy"), open_store("bucket"):
+    with pytest.raises(StoreError, match="socks5 proxy"), open_bucket("bucket"):
         pass
 
 
 def test_store_from_before_a_fork_says_so_instead_of_waiting(gcs_bucket):
-    with open_store(gcs_bucket) as store:
+    with open_bucket(gcs_bucket) as store:
         child = os.fork()
         if not child:
             try:
@@ -446,7 +439,7 @@ def test_files_that_keep_us_waiting_are_read_many_at_once(gcs_bucket, file, monk
         return system_open(path, flags, *arguments, **options)
 
     uploads = [file(f"name-{number}", b"x" * number) for number in range(200)]
-    monkeypatch.setattr("keras_remote_airflow.core.store.os.open", slow_open)
-    with open_store(gcs_bucket) as store:
+    monkeypatch.setattr("keras_remote_airflow.core.cloud.transfer.os.open", slow_open)
+    with open_bucket(gcs_bucket) as store:
         assert send(store, *uploads) == {upload.name: True for upload in uploads}
     assert most > 8

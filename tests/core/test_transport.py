@@ -24,11 +24,14 @@ from google.cloud import storage
 from google.oauth2.credentials import Credentials
 
 from keras_remote_airflow import make_data_ref, materialize
-from keras_remote_airflow.core.cache import find, upload
+from keras_remote_airflow.core.datasets.lookup import find
+from keras_remote_airflow.core.datasets.upload import upload
 from keras_remote_airflow.core.errors import StoreError
-from keras_remote_airflow.core.hashing import take_snapshot
-from keras_remote_airflow.core.objects import Upload, open_store
-from keras_remote_airflow.core.transport import RetryPolicy, Transport
+from keras_remote_airflow.core.disk.hashing import take_snapshot
+from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.cloud.store import FileToSend
+from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.transport import Transport
 
 from .conftest import on_disk
 
@@ -249,10 +252,10 @@ def test_token_that_expires_under_way_is_refreshed_once(proxy, gcs_bucket, tree)
         if stored == 60:
             credentials.expiry -= datetime.timedelta(hours=2)
 
-    with open_store(gcs_bucket, client_for(f"http://{HOST}", credentials)) as store:
+    with open_bucket(gcs_bucket, client_for(f"http://{HOST}", credentials)) as store:
         store.upload(
             (
-                Upload(str(root / f.path), f.path, f.size, f.mtime_ns, f.crc32c, f.digest)
+                FileToSend(str(root / f.path), f.path, f.size, f.mtime_ns, f.crc32c, f.digest)
                 for f in snapshot.records()
             ),
             done,

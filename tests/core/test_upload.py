@@ -8,10 +8,10 @@ import time
 import pytest
 
 from keras_remote_airflow import Data, upload_data
-from keras_remote_airflow.core import cache
-from keras_remote_airflow.core.cache import UploadResult, upload
+from keras_remote_airflow.core.datasets import lookup, upload
+from keras_remote_airflow.core.datasets.upload import UploadResult, upload
 from keras_remote_airflow.core.errors import InvalidInputError, MarkerError
-from keras_remote_airflow.core.store import DIGEST_KEY
+from keras_remote_airflow.core.cloud.gcs import DIGEST_KEY
 from keras_remote_airflow.testing import Fault
 
 from . import reference

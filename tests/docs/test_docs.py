@@ -31,7 +31,8 @@ import pytest
 
 import keras_remote_airflow
 from keras_remote_airflow import Data, make_data_ref, upload_data
-from keras_remote_airflow.core import errors, transport
+from keras_remote_airflow.core import errors
+from keras_remote_airflow.core.cloud import retry
 from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey, parse_marker
 
 from .messages import read_messages, read_texts

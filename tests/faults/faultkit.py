@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from keras_remote_airflow.core.cache import UploadResult, upload
-from keras_remote_airflow.core.hashing import take_snapshot
+from keras_remote_airflow.core.datasets.upload import UploadResult, upload
+from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.core.layout import get_layout
-from keras_remote_airflow.core.materialize import materialize
+from keras_remote_airflow.core.datasets.materialize import materialize
 from keras_remote_airflow.core.refs import make_data_ref
-from keras_remote_airflow.core.transport import RetryPolicy
+from keras_remote_airflow.core.cloud.retry import RetryPolicy
 from keras_remote_airflow.testing import StorageServer
 
 BUCKET = "test-bucket"
@@ -27,7 +27,7 @@ BIG = 9 << 20  # bytes; above core.store's bound for one request, so it takes an
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
-    ["pytest", "google.cloud.storage", "keras_remote_airflow.core.materialize"]
+    ["pytest", "google.cloud.storage", "keras_remote_airflow.core.datasets.materialize"]
 )
 
 

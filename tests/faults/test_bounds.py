@@ -23,11 +23,13 @@ from faultkit import (
     small_files,
 )
 
-from keras_remote_airflow.core import transport
-from keras_remote_airflow.core.hashing import take_snapshot
-from keras_remote_airflow.core.objects import Upload
-from keras_remote_airflow.core.store import GcsStore
-from keras_remote_airflow.core.transport import Limiter, RetryPolicy, Transport
+from keras_remote_airflow.core.cloud import limiter
+from keras_remote_airflow.core.disk.hashing import take_snapshot
+from keras_remote_airflow.core.cloud.store import FileToSend
+from keras_remote_airflow.core.cloud.gcs import GcsStore
+from keras_remote_airflow.core.cloud.limiter import Limiter
+from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.transport import Transport
 from keras_remote_airflow.testing import Fault, StorageServer
 
 SIZE = 200 << 20
@@ -152,10 +154,10 @@ def test_bytes_in_flight_have_a_bound_and_what_is_larger_goes_alone() -> None:
     ]
 
 
-def uploads_of(path: str) -> list[Upload]:
+def uploads_of(path: str) -> list[FileToSend]:
     snapshot = take_snapshot(path)
     return [
-        Upload(snapshot.local_path(r.path), r.path, r.size, r.mtime_ns, r.crc32c, r.digest)
+        FileToSend(snapshot.local_path(r.path), r.path, r.size, r.mtime_ns, r.crc32c, r.digest)
         for r in snapshot.records()
     ]
 

@@ -9,8 +9,9 @@ from test_hashed_bytes import Uploading, held_at
 
 from keras_remote_airflow.core.data import Data
 from keras_remote_airflow.core.errors import ConflictError, MarkerError, StoreError
-from keras_remote_airflow.core.hashing import take_snapshot
-from keras_remote_airflow.core.objects import Upload, open_store
+from keras_remote_airflow.core.disk.hashing import take_snapshot
+from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.cloud.store import FileToSend
 from keras_remote_airflow.testing import Fault, StorageServer
 
 FILES = small_files(2) | {"mid": content(3 << 20), "big": content(9 << 20)}
@@ -106,9 +107,9 @@ def test_the_store_compares_whatever_it_was_told_is_there(
     """Without the listing of an upload, which would see the difference as well."""
     file = take_snapshot(make_tree(tmp_path / "data", {"file": content(size)})).record(0)
     local = str(tmp_path / "data" / "file")
-    upload = Upload(local, "object", file.size, file.mtime_ns, file.crc32c, file.digest)
+    upload = FileToSend(local, "object", file.size, file.mtime_ns, file.crc32c, file.digest)
     sent: list[bool] = []
-    with open_store(BUCKET, client, retry=FAST) as store:
+    with open_bucket(BUCKET, client, retry=FAST) as store:
         server.put(BUCKET, "object", content(size))
         store.upload([upload], lambda _, was_sent: sent.append(was_sent))
         assert sent == [False]

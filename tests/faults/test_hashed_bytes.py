@@ -24,7 +24,7 @@ from faultkit import (
     wait_until,
 )
 
-from keras_remote_airflow.core.cache import UploadResult
+from keras_remote_airflow.core.datasets.upload import UploadResult
 from keras_remote_airflow.core.errors import DataChangedError
 from keras_remote_airflow.testing import Fault, StorageServer
 

@@ -19,7 +19,7 @@ from faultkit import (
 )
 from test_hashed_bytes import held_at
 
-from keras_remote_airflow.core.cache import CacheEntry, find
+from keras_remote_airflow.core.datasets.lookup import CacheEntry, find
 from keras_remote_airflow.core.errors import IntegrityError, MarkerError
 from keras_remote_airflow.testing import StorageServer
 

@@ -16,7 +16,7 @@ from faultkit import (
     wait_until,
 )
 
-from keras_remote_airflow.core.transport import RetryPolicy
+from keras_remote_airflow.core.cloud.retry import RetryPolicy
 from keras_remote_airflow.testing import StorageServer
 
 # Eight processes on a small machine: being slow must not count as stalling.

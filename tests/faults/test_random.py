@@ -22,10 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from keras_remote_airflow.core.cache import CacheKey, find, lookup, publish
+from keras_remote_airflow.core.datasets.lookup import find, lookup
+from keras_remote_airflow.core.datasets.upload import CacheKey, publish
 from keras_remote_airflow.core.errors import DataChangedError, IntegrityError
-from keras_remote_airflow.core.hashing import take_snapshot
-from keras_remote_airflow.core.objects import open_store
+from keras_remote_airflow.core.disk.hashing import take_snapshot
+from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.progress import Progress
 from keras_remote_airflow.testing import StorageServer
 
@@ -122,7 +123,7 @@ class Interleaving(RuleBasedStateMachine):
         class DiedError(Exception):
             pass
 
-        with open_store(BUCKET, self.client, retry=FAST) as store:
+        with open_bucket(BUCKET, self.client, retry=FAST) as store:
             create = store._transport.call  # type: ignore[attr-defined]
 
             async def mortal(*args: Any, **kwargs: Any) -> Any:

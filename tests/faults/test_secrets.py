@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from faultkit import BUCKET, FAST, client_for, content, make_tree, published
 
-from keras_remote_airflow.core.cache import upload
+from keras_remote_airflow.core.datasets.upload import upload
 from keras_remote_airflow.core.errors import InvalidInputError, StoreError
 from keras_remote_airflow.core.refs import make_data_ref, parse_data_ref
-from keras_remote_airflow.core.transport import RetryPolicy
+from keras_remote_airflow.core.cloud.retry import RetryPolicy
 from keras_remote_airflow.testing import Fault, StorageServer
 
 FILES = {"a": b"a", "b": b"b", "big": content(9 << 20)}
@@ -149,7 +149,7 @@ def test_the_local_server_stays_in_its_folder(tmp_path: Path, name: str) -> None
 def test_the_default_destination_belongs_to_this_user_alone(
     server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keras_remote_airflow.core.materialize import materialize
+    from keras_remote_airflow.core.datasets.materialize import materialize
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()

@@ -10,7 +10,8 @@ import pytest
 from faultkit import BIG, Tap, content, do_upload, make_tree, published
 
 from keras_remote_airflow.core.errors import StoreError
-from keras_remote_airflow.core.transport import RetryPolicy, _Exchange, _Watch
+from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.transport import _Exchange, _Watch
 from keras_remote_airflow.testing import Fault, StorageServer
 
 

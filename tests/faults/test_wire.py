@@ -15,10 +15,10 @@ import pytest
 from faultkit import BIG, BUCKET, FAST, content, do_materialize, do_upload, make_tree, published
 from faultkit import read_tree as read
 
-from keras_remote_airflow.core import store
-from keras_remote_airflow.core.cache import find
+from keras_remote_airflow.core.cloud import transfer
+from keras_remote_airflow.core.datasets.lookup import find
 from keras_remote_airflow.core.errors import IntegrityError, StoreError
-from keras_remote_airflow.core.transport import RetryPolicy
+from keras_remote_airflow.core.cloud.retry import RetryPolicy
 from keras_remote_airflow.testing import Fault, StorageServer
 
 FILES = {"a.txt": b"a", "sub/b.bin": content(5000), "empty": b"", "two.bin": content(2 << 20, 2)}

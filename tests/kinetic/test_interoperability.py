@@ -26,7 +26,8 @@ from kinetic.runner.remote_runner import resolve_data_refs
 from kinetic.utils import storage as kinetic_storage
 
 from keras_remote_airflow import Data, is_data_ref, make_data_ref, materialize
-from keras_remote_airflow.core.cache import find, upload
+from keras_remote_airflow.core.datasets.lookup import find
+from keras_remote_airflow.core.datasets.upload import upload
 from keras_remote_airflow.core.layout import KINETIC
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref
 from keras_remote_airflow.testing import StorageServer

@@ -1,4 +1,4 @@
-"""How a request reaches Cloud Storage: credentials, connections, retries, concurrency.
+"""How a request reaches Cloud Storage: connections, retries, concurrency.
 
 The only place that retries. Requests run on an event loop in a thread of their own, so that
 hundreds can be in flight for little CPU, whoever calls: a script, a notebook whose loop is busy,
@@ -11,47 +11,30 @@ costs about 2 ms of CPU per object, ten times what a plain request does.
 """
 
 import asyncio
-import json
 import logging
 import os
-import random
-import re
 import ssl
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import aiohttp
 from yarl import URL
 
+from keras_remote_airflow.core.cloud.credentials import refresh, scoped
+from keras_remote_airflow.core.cloud.limiter import Limiter
+from keras_remote_airflow.core.cloud.retry import RETRYABLE, RetryableError, RetryPolicy, describe, presentable, refusal
 from keras_remote_airflow.core.errors import StoreError
-
-if TYPE_CHECKING:
-    from google.auth.exceptions import GoogleAuthError
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-# https://cloud.google.com/storage/docs/retry-strategy#retryable
-_RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _THROTTLED = frozenset({429, 503})
-_REMEDIES = {
-    400: "The request itself was refused.",
-    401: "The credentials were not accepted: check the connection or the service account key.",
-    403: (
-        "The account lacks a permission on the bucket: roles/storage.objectViewer reads it, "
-        "roles/storage.objectCreator adds to it."
-    ),
-    404: "Check the bucket's name, and that it exists.",
-}
 # Network errors that no further attempt will mend.
 _HOPELESS = (
     aiohttp.ClientConnectorCertificateError,
@@ -63,145 +46,11 @@ _CONNECT = 30.0  # seconds until a connection must be there
 _NO_READ_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT)
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _THREADS = 32  # for what blocks, such as reading from a slow disk: as many as hashing uses
-# CPU time over wall time of the thread that makes the requests: above the first it is busy, below
-# the second it has time for more of them.
-_BUSY, _IDLE = 0.9, 0.75
-_ENOUGH = 32.0  # requests in flight, to keep the thread busy
 _WARNING_INTERVAL = 10.0  # seconds between two warnings that something is tried again
 # Entered while a task pauses before it tries again: others may go on in its place.
 pausing: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVar(
     "pausing", default=nullcontext
 )
-_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """When to try again, and when to give up.
-
-    Attributes:
-        deadline: seconds a request may go on failing, counted from its first failure or its last
-            progress. 120 is the google-cloud-storage client's own default.
-        initial: seconds of the first pause at the most; each further one is twice as long, and
-            each is drawn at random up to its bound ("full jitter").
-        maximum: seconds of the longest pause.
-        stall_timeout: seconds without a byte from the server after which a request counts as
-            failed.
-    """
-
-    deadline: float = 120.0
-    initial: float = 0.5
-    maximum: float = 30.0
-    stall_timeout: float = 60.0
-
-    def pause(self, failures: int) -> float:
-        """Return how many seconds to wait after this many failures in a row."""
-        bound = min(self.maximum, self.initial * 2.0 ** min(failures - 1, 30))
-        return random.uniform(0, bound)  # noqa: S311 - jitter, not a secret
-
-
-class RetryableError(Exception):
-    """One attempt failed in a way that the next may not; never leaves this module's `retrying`."""
-
-    def __init__(self, message: str, status: int | None = None, retry_after: float = 0.0) -> None:
-        super().__init__(message)
-        self.status = status
-        self.retry_after = retry_after
-
-
-class Limiter:
-    """How many requests, and how many bytes held for them, may be in flight.
-
-    The number doubles with each round of answers at first, then grows by one a round; it halves
-    when the service asks for less (429, 503), which is what Cloud Storage's ramp-up guidance wants
-    (https://cloud.google.com/storage/docs/request-rate#ramp-up). It sinks while the thread that
-    makes the requests has no time left: more would only wait for it, and with 128 in flight each
-    costs a fifth more than with 32, in caches missed and garbage looked for.
-
-    Args:
-        maximum: requests in flight at the most.
-        max_bytes: bytes in flight at the most; a single larger request goes alone.
-    """
-
-    def __init__(self, maximum: int, max_bytes: int) -> None:
-        self.limit = float(min(16, maximum))
-        self._threshold = float(maximum)
-        self._maximum = float(maximum)
-        self._max_bytes = max_bytes
-        self._requests = 0
-        self._bytes = 0
-        self._throttled_at = 0.0
-        # The answers left of this round, the clocks when it began, and CPU time over wall time of
-        # the last one.
-        self._answers = 0
-        self._wall = self._cpu = self._busy = 0.0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    def _fits(self, size: int) -> bool:
-        return self._requests < self.limit and (
-            not self._requests or self._bytes + size <= self._max_bytes
-        )
-
-    def has_room(self) -> bool:
-        """Tell whether more than the next request would get a place at once."""
-        return not self.is_crowded() and self._requests + 1 < self.limit
-
-    def is_crowded(self) -> bool:
-        """Tell whether requests wait for a place."""
-        return any(not turn.done() for _, turn in self._waiting)
-
-    async def enter(self, size: int) -> None:
-        """Take a place for a request that keeps `size` bytes in memory, as soon as one is free.
-
-        Whoever took one calls `leave`.
-        """
-        if not self._waiting and self._fits(size):
-            self._take(size)
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((size, turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.leave(size)
-            raise
-
-    def _take(self, size: int) -> None:
-        self._requests += 1
-        self._bytes += size
-
-    def leave(self, size: int) -> None:
-        """Give a place back."""
-        self._requests -= 1
-        self._bytes -= size
-        while self._waiting and (self._waiting[0][1].done() or self._fits(self._waiting[0][0])):
-            waiting_size, turn = self._waiting.popleft()
-            if not turn.done():
-                self._take(waiting_size)
-                turn.set_result(None)
-
-    def succeeded(self) -> None:
-        self._answers -= 1
-        if self._answers <= 0:
-            self._begin_round()
-            if self._busy > _BUSY:
-                self.limit = max(min(_ENOUGH, self.limit), 0.75 * self.limit)
-        if self.limit < self._maximum and self._busy < _IDLE:
-            more = 1.0 if self.limit < self._threshold else 1.0 / self.limit
-            self.limit = min(self._maximum, self.limit + more)
-
-    def _begin_round(self) -> None:
-        wall, cpu = time.monotonic(), time.thread_time()
-        self._busy = (cpu - self._cpu) / max(wall - self._wall, 1e-6)
-        self._answers, self._wall, self._cpu = int(self.limit), wall, cpu
-
-    def throttled(self) -> None:
-        # All requests of one round hear the same "too many": that is one reason to halve.
-        now = time.monotonic()
-        if now - self._throttled_at > 1.0:
-            self._throttled_at = now
-            self.limit = self._threshold = max(1.0, self.limit / 2)
 
 
 class Transport:
@@ -222,7 +71,7 @@ class Transport:
         self.concurrency = concurrency
         self.limiter = Limiter(concurrency, max_bytes)
         # The client has no public name for its credentials.
-        self._credentials = _scoped(client._credentials)
+        self._credentials = scoped(client._credentials)
         self._next_warning = 0.0
         self._refused_authorization: str | None = None
         self._refresh: asyncio.Future[None] | None = None
@@ -347,9 +196,9 @@ class Transport:
                 self.limiter.succeeded()
             except _HOPELESS as exc:
                 raise StoreError(
-                    f"{what}: {_describe(exc)}. Check the endpoint and its certificate: "
+                    f"{what}: {describe(exc)}. Check the endpoint and its certificate: "
                     f"{self.endpoint}, which must begin with https:// or http://"
-                ) from _presentable(exc)
+                ) from presentable(exc)
             except (RetryableError, aiohttp.ClientError, TimeoutError, ConnectionError) as exc:
                 status = getattr(exc, "status", None)
                 now = time.monotonic()
@@ -367,16 +216,16 @@ class Transport:
                         remedy = f"Check that something answers at {self.endpoint}."
                     raise StoreError(
                         f"{what} kept failing for {now - first_failure:.0f} s, {failures} "
-                        f"attempts; the last: {_describe(exc).rstrip('.')}. {remedy}",
+                        f"attempts; the last: {describe(exc).rstrip('.')}. {remedy}",
                         status=status,
                         transient=True,
-                    ) from _presentable(exc)
+                    ) from presentable(exc)
                 _log.log(
                     self._level(failures, now),
                     "%s failed (attempt %d, %s); trying again in %.1f s",
                     what,
                     failures,
-                    _describe(exc),
+                    describe(exc),
                     pause,
                 )
                 with pausing.get()():
@@ -466,7 +315,7 @@ class Transport:
             return response
         async with response:
             error = refusal(what, response.status, await response.content.read(4096))
-            if response.status in _RETRYABLE or (
+            if response.status in RETRYABLE or (
                 response.status == 401 and self._may_reauthorize(headers.get("authorization"))
             ):
                 message = str(error).removeprefix(f"{what}: ")
@@ -499,7 +348,7 @@ class Transport:
             # One fetch for all who wait, and its failure is everybody's: if each tried in turn, a
             # token server that never answers would hold us up for as many times its timeout.
             if self._refresh is None or self._refresh.done():
-                self._refresh = self._loop.run_in_executor(None, _refresh, credentials)
+                self._refresh = self._loop.run_in_executor(None, refresh, credentials)
             await asyncio.shield(self._refresh)
         authorized = dict(headers)
         credentials.apply(authorized)
@@ -596,16 +445,6 @@ class _Exchange:
             yield piece
 
 
-def _scoped(credentials: Any) -> Any:
-    """Return credentials good for reading and writing objects, or None for anonymous ones."""
-    from google.auth.credentials import AnonymousCredentials, with_scopes_if_required
-
-    if credentials is None or isinstance(credentials, AnonymousCredentials):
-        return None
-    # google.auth has no types.
-    return with_scopes_if_required(credentials, [_SCOPE])  # type: ignore[no-untyped-call]
-
-
 def _proxy(url: str) -> str | None:
     """Return the proxy that the environment names for `url`, as the requests library reads it.
 
@@ -655,65 +494,6 @@ def _trusting(bundle: str, _modified: float) -> ssl.SSLContext:
             f"certificates ({exc.strerror or exc}). Correct or unset it."
         ) from exc
     return context
-
-
-def _refresh(credentials: Any) -> None:
-    from google.auth.exceptions import GoogleAuthError
-    from google.auth.transport.requests import Request
-
-    try:
-        credentials.refresh(Request())
-    except GoogleAuthError as exc:
-        if is_outage(exc):
-            raise RetryableError(f"no access token could be fetched: {exc}") from exc
-        raise StoreError(
-            f"no access token could be fetched: {exc}. Check the credentials.", status=401
-        ) from exc
-
-
-def is_outage(error: "GoogleAuthError") -> bool:
-    """Tell whether the same credentials may get a token later."""
-    from google.auth.exceptions import TransportError
-
-    # The metadata server's credentials wrap the TransportError, which has the answer, if any.
-    outage = error if isinstance(error, TransportError) else error.__cause__
-    if isinstance(outage, TransportError):
-        status = getattr(outage.args[-1], "status", None) if outage.args else None
-        return status is None or status in _RETRYABLE
-    # Token endpoints say it themselves; of impersonation there is only the answer's JSON.
-    with suppress(LookupError, TypeError, ValueError):
-        return json.loads(error.args[1])["error"]["code"] in _RETRYABLE
-    return bool(error.retryable)
-
-
-def refusal(what: str, status: int, body: bytes) -> StoreError:
-    """Return the error for an answer that no retry will change: its reason, and what to do."""
-    text = body.decode(errors="replace")
-    with suppress(ValueError, KeyError, TypeError):
-        text = str(json.loads(text)["error"]["message"])
-    reason = _without_queries(" ".join(text.split())[:300]).rstrip(".")
-    message = f"{what}: HTTP {status} {reason}".rstrip()
-    return StoreError(f"{message}. {_REMEDIES.get(status, '')}".rstrip(), status=status)
-
-
-def _describe(error: Exception) -> str:
-    text = _without_queries(str(error))
-    if isinstance(error, TimeoutError):
-        return f"no answer in time ({text or 'stalled'})"
-    return text or type(error).__name__
-
-
-def _presentable(error: Exception) -> Exception:
-    """Return the error, or a copy if its text, which a traceback shows, spells a URL's query.
-
-    Whoever knows the URL of an upload session can write to it.
-    """
-    text = str(error)
-    return error if text == _without_queries(text) else RetryableError(_describe(error))
-
-
-def _without_queries(text: str) -> str:
-    return re.sub(r"\?[^\s'\"]+", "?…", text)
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float:

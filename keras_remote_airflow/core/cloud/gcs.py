@@ -1,4 +1,4 @@
-"""Cloud Storage's answer to `core.objects`.
+"""Cloud Storage's answer to `core.cloud.store`.
 
 Nothing here overwrites or deletes: every write is create-only (`ifGenerationMatch=0`) and declares
 the CRC32C that was taken when the data was hashed, so Cloud Storage refuses bytes that are not the
@@ -10,67 +10,41 @@ Requests: https://cloud.google.com/storage/docs/json_api/v1/objects
 
 import asyncio
 import base64
-import errno
 import json
 import logging
 import mimetypes
-import os
 import re
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import aiohttp
 import google_crc32c
 
-from keras_remote_airflow.core.errors import (
-    DataChangedError,
-    IntegrityError,
-    StoreError,
-)
+from keras_remote_airflow.core.cloud.retry import RetryableError, refusal
+from keras_remote_airflow.core.cloud.store import ObjectToFetch, ObjectInfo, Page, FileToSend, conflict, encode_crc32c, ignore_moved
+from keras_remote_airflow.core.cloud.transfer import Transit, Disk, Source, Sink, read_whole, check_unchanged, CHUNK_BYTES
+from keras_remote_airflow.core.cloud.transport import Transport, pausing
+from keras_remote_airflow.core.errors import IntegrityError, StoreError
 from keras_remote_airflow.core.layout import MAX_MARKER_BYTES
-from keras_remote_airflow.core.objects import (
-    Download,
-    ObjectInfo,
-    Page,
-    Upload,
-    conflict,
-    encode_crc32c,
-    ignore_moved,
-)
-from keras_remote_airflow.core.transport import RetryableError, Transport, pausing, refusal
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-# Custom metadata that carries a file's digest (see core.hashing), hex.
+# Custom metadata that carries a file's digest (see core.disk.hashing), hex.
 DIGEST_KEY = "keras-remote-digest"
-
 # Workers that one call may always have, even while the limiter is full (not counted: those that
 # pause before another attempt). Or another call on the same transport could keep it from starting.
 _FEW = 16
 # Up to this size a file travels in one request, above in a resumable session.
 _SINGLE_REQUEST = 8 << 20
-# Files up to this size are read whole; larger ones pass through in pieces of this size. It is a
-# multiple of 256 KiB, as upload sessions commit (https://cloud.google.com/storage/docs/resumable-uploads).
-_PIECE = 1 << 20
 # What one streamed transfer keeps in memory: a piece here, and about as much in socket buffers.
-_STREAMING = 2 * _PIECE
-# Seconds that reading may keep all requests waiting, and how often in a row, before threads read.
-# What is in memory takes 0.02 ms for a small file, 0.2 ms for a piece of a large one. Every so many
-# reads it is looked whether the disk is still slow.
-_PATIENCE = 0.002
-_WAITS = 3
-_LOOK_AGAIN = 256
+_STREAMING = 2 * CHUNK_BYTES
 # Drawn once a process: no content can have known it.
 _BOUNDARY = secrets.token_hex(16)
 _CRC32C_HEADER = re.compile(r"crc32c=([A-Za-z0-9+/=]+)")
-# A download whose bytes have disagreed with their checksum this often is given up.
-_MAX_CORRUPT = 5
 
 
 class GcsStore:
@@ -84,7 +58,7 @@ class GcsStore:
     def __init__(self, bucket: str, transport: Transport) -> None:
         self.bucket = bucket
         self._transport = transport
-        self._disk = _Disk()
+        self._disk = Disk()
         self._objects = f"/storage/v1/b/{quote(bucket, safe='')}/o"
         self._create_url = f"/upload{self._objects}?" + urlencode(
             {"ifGenerationMatch": 0, "fields": "generation"}
@@ -158,13 +132,13 @@ class GcsStore:
 
     def upload(
         self,
-        uploads: Iterable[Upload],
-        done: Callable[[Upload, bool], None],
+        uploads: Iterable[FileToSend],
+        done: Callable[[FileToSend, bool], None],
         moved: Callable[[int], None] = ignore_moved,
     ) -> None:
-        async def one(upload: Upload) -> None:
+        async def one(upload: FileToSend) -> None:
             send = self._send_whole if upload.size <= _SINGLE_REQUEST else self._send_resumable
-            with _Transit(moved) as transit:
+            with Transit(moved) as transit:
                 was_sent = await send(upload, transit)
             done(upload, was_sent)
 
@@ -217,7 +191,7 @@ class GcsStore:
             error = group_error.exceptions[0]
             raise error from error.__cause__  # from None would take the cause that it has
 
-    async def _send_whole(self, upload: Upload, transit: "_Transit") -> bool:
+    async def _send_whole(self, upload: FileToSend, transit: "Transit") -> bool:
         """Send a file in one multipart request; return False if the object was there."""
         what = f"uploading {upload.path} to {self._uri(upload.name)}"
         declared = _declared(upload)
@@ -228,12 +202,12 @@ class GcsStore:
             return await self._put(what, "POST", url, upload, headers, data)
 
         async def attempt() -> int:
-            if upload.size <= _PIECE:
-                content = await self._disk.read(partial(_read_whole, upload))
+            if upload.size <= CHUNK_BYTES:
+                content = await self._disk.read(partial(read_whole, upload))
                 return await post(*_multipart(declared, kind, content))
             headers, head, tail = _multipart_frame(declared, kind)
             headers["Content-Length"] = str(len(head) + upload.size + len(tail))
-            with _Source(upload) as source:
+            with Source(upload) as source:
                 return await post(
                     headers, _framed(head, source.pieces(0, transit, self._disk), tail)
                 )
@@ -241,7 +215,7 @@ class GcsStore:
         size = min(upload.size, _STREAMING)
         return await self._settle(upload, await self._transport.retrying(what, size, attempt))
 
-    async def _send_resumable(self, upload: Upload, transit: "_Transit") -> bool:
+    async def _send_resumable(self, upload: FileToSend, transit: "Transit") -> bool:
         """Send a large file through an upload session, going on where a broken attempt ended."""
         what = f"uploading {upload.path} to {self._uri(upload.name)}"
         session: str | None = None
@@ -249,7 +223,7 @@ class GcsStore:
 
         async def attempt() -> int:
             nonlocal session, committed
-            with _Source(upload) as source:
+            with Source(upload) as source:
                 if session is None:
                     session = await self._open_session(what, upload)
                     if session is None:
@@ -278,7 +252,7 @@ class GcsStore:
         status = await self._transport.retrying(what, _STREAMING, attempt, lambda: committed)
         return await self._settle(upload, status)
 
-    async def _open_session(self, what: str, upload: Upload) -> str | None:
+    async def _open_session(self, what: str, upload: FileToSend) -> str | None:
         headers = {
             "Content-Type": "application/json; charset=UTF-8",
             "X-Upload-Content-Type": _content_type(upload.name),
@@ -295,7 +269,7 @@ class GcsStore:
         with _answering(what, b"no Location"):
             return answered["Location"] if status != 412 else None
 
-    async def _committed(self, what: str, session: str, upload: Upload) -> tuple[int, int]:
+    async def _committed(self, what: str, session: str, upload: FileToSend) -> tuple[int, int]:
         headers = {"Content-Range": f"bytes */{upload.size}", "Content-Length": "0"}
         status, answered, _ = await self._transport.exchange(
             what, "PUT", session, expected=(200, 201, 308, 404, 410, 412), headers=headers
@@ -304,7 +278,7 @@ class GcsStore:
         return status, int(received.rpartition("-")[2]) + 1 if received else 0
 
     async def _put(
-        self, what: str, method: str, url: str, upload: Upload, headers: dict[str, str], data: Any
+        self, what: str, method: str, url: str, upload: FileToSend, headers: dict[str, str], data: Any
     ) -> int:
         """Send the file's bytes once; return 200 or 201 for stored, 412 for already there."""
         status, _, body = await self._transport.exchange(
@@ -316,12 +290,12 @@ class GcsStore:
             return status
         # 400 is how Cloud Storage refuses bytes that are not the declared ones. Were they damaged
         # on the way, or has the file changed? The disk knows.
-        await _check_unchanged(upload)
+        await check_unchanged(upload)
         if b"crc32c" in body.lower() or b"checksum" in body.lower() or b"hash" in body.lower():
             raise RetryableError("the bytes were damaged on the way (HTTP 400)", 400)
         raise refusal(what, 400, body)
 
-    async def _settle(self, upload: Upload, status: int) -> bool:
+    async def _settle(self, upload: FileToSend, status: int) -> bool:
         """Answer "precondition failed": the same bytes are fine, any others a conflict."""
         if status != 412:
             return True
@@ -340,7 +314,7 @@ class GcsStore:
         if (there.size, there.crc32c) != (upload.size, upload.crc32c):
             # Some servers answer 412 to a bad checksum too: look at the file before the object.
             what = f"reading {upload.path}"
-            await self._transport.retrying(what, _PIECE, partial(_check_unchanged, upload))
+            await self._transport.retrying(what, CHUNK_BYTES, partial(check_unchanged, upload))
             raise conflict(self._uri(upload.name), there, upload.path, upload.size, upload.crc32c)
         return False
 
@@ -348,23 +322,23 @@ class GcsStore:
 
     def download(
         self,
-        downloads: Iterable[Download],
-        done: Callable[[Download], None],
+        downloads: Iterable[ObjectToFetch],
+        done: Callable[[ObjectToFetch], None],
         moved: Callable[[int], None] = ignore_moved,
     ) -> None:
-        async def one(download: Download) -> None:
-            with _Transit(moved) as transit:
+        async def one(download: ObjectToFetch) -> None:
+            with Transit(moved) as transit:
                 await self._fetch(download, transit)
             done(download)
 
         self._transport.run(self._concurrently(downloads, one))
 
-    async def _fetch(self, download: Download, transit: "_Transit") -> None:
+    async def _fetch(self, download: ObjectToFetch, transit: "Transit") -> None:
         info = download.info
         uri = self._uri(info.name)
         what = f"downloading {uri}"
         url = self._object(info.name, alt="media", generation=info.generation)
-        with _Sink(download, uri) as sink:
+        with Sink(download, uri) as sink:
 
             async def attempt() -> None:
                 headers = {"Range": f"bytes={sink.size}-"} if sink.size else {}
@@ -382,173 +356,14 @@ class GcsStore:
                         )
                     if response.status == 200:
                         sink.restart()
-                    async for piece in response.content.iter_chunked(_PIECE):
+                    async for piece in response.content.iter_chunked(CHUNK_BYTES):
                         sink.add(piece)
-                        if info.size > _PIECE:
+                        if info.size > CHUNK_BYTES:
                             transit.reach(sink.size)
                 sink.check()
 
             size = min(info.size, _STREAMING)
             await self._transport.retrying(what, size, attempt, lambda: sink.size)
-
-
-class _Transit:
-    """How far a large file has come; tells it so that no byte counts twice, as `upload` says."""
-
-    def __init__(self, moved: Callable[[int], None]) -> None:
-        self._moved = moved
-        self._position = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._position:
-            self.reach(0)
-
-    def reach(self, position: int) -> None:
-        self._moved(position - self._position)
-        self._position = position
-
-
-class _Sink:
-    """The file that a download fills, and what has arrived of it so far."""
-
-    def __init__(self, download: Download, uri: str) -> None:
-        self.size = 0
-        self._crc32c = 0
-        self._corrupt = 0
-        self._info = download.info
-        self._uri = uri
-        self._path = download.path
-        self._descriptor: int | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-
-    def restart(self) -> None:
-        """Forget what has arrived."""
-        self.size = self._crc32c = 0
-        if self._descriptor is None:
-            self._descriptor = _open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        else:
-            os.lseek(self._descriptor, 0, os.SEEK_SET)
-            os.ftruncate(self._descriptor, 0)
-
-    def add(self, piece: bytes) -> None:
-        assert self._descriptor is not None  # noqa: S101 - a response begins with restart()
-        _write(self._descriptor, piece)
-        self._crc32c = google_crc32c.extend(self._crc32c, piece)
-        self.size += len(piece)
-
-    def check(self) -> None:
-        """Raise unless the bytes are those of the object: for another attempt, a few times."""
-        if (self.size, self._crc32c) == (self._info.size, self._info.crc32c):
-            return
-        found = f"{self.size} bytes with CRC32C {encode_crc32c(self._crc32c)}"
-        expected = f"{self._info.size} bytes with CRC32C {encode_crc32c(self._info.crc32c)}"
-        self.restart()
-        self._corrupt += 1
-        if self._corrupt >= _MAX_CORRUPT:
-            raise IntegrityError(
-                f"{self._uri} arrived {self._corrupt} times as {found}; its metadata says "
-                f"{expected}. Look for what changes data on the way, such as a proxy."
-            )
-        raise RetryableError(f"arrived as {found}, expected {expected}")
-
-
-class _Disk:
-    """Reads where the requests are made, or in other threads once that keeps them waiting."""
-
-    def __init__(self) -> None:
-        self._reads = self._waits = 0
-
-    async def read(self, work: Callable[[], bytes]) -> bytes:
-        """Return what `work` reads."""
-        self._reads += 1
-        if self._waits >= _WAITS and self._reads % _LOOK_AGAIN:
-            return await asyncio.to_thread(work)
-        started = time.monotonic()
-        content = work()
-        self._waits = self._waits + 1 if time.monotonic() - started > _PATIENCE else 0
-        return content
-
-
-class _Source:
-    """A local file, open for one attempt and still the one that was hashed."""
-
-    def __init__(self, upload: Upload) -> None:
-        self._upload = upload
-
-    def __enter__(self) -> Self:
-        try:
-            self._descriptor = _open(self._upload.path, os.O_RDONLY | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise _changed(self._upload, "it is gone") from None
-        except OSError as exc:
-            if exc.errno == errno.EIO:
-                raise
-            raise _changed(self._upload, f"it cannot be opened: {exc.strerror}") from exc
-        try:
-            self.check()
-        except BaseException:
-            os.close(self._descriptor)
-            raise
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        os.close(self._descriptor)
-
-    def check(self) -> None:
-        now = os.fstat(self._descriptor)
-        if now.st_size != self._upload.size:
-            raise _changed(
-                self._upload, f"{self._upload.size} bytes at hash time, {now.st_size} bytes now"
-            )
-        if now.st_mtime_ns != self._upload.mtime_ns:
-            raise _changed(self._upload, "it was modified after it was hashed")
-
-    def read(self, start: int, size: int) -> bytes:
-        content = os.pread(self._descriptor, size, start)
-        if len(content) != size:
-            raise _changed(self._upload, "it is shorter than at hash time")
-        return content
-
-    async def pieces(self, start: int, transit: _Transit, disk: _Disk) -> AsyncIterator[bytes]:
-        """Yield the file from `start`; the last piece only if the file is still as it was."""
-        size = self._upload.size
-        while start < size:
-            transit.reach(start)
-            piece = await disk.read(partial(self.read, start, min(_PIECE, size - start)))
-            start += len(piece)
-            if start == size:
-                self.check()
-            yield piece
-
-
-def _open(path: str, flags: int) -> int:
-    """Open a file; if too many are open, for another attempt: others will be closed by then."""
-    try:
-        return os.open(path, flags | os.O_CLOEXEC, 0o666)
-    except OSError as exc:
-        if exc.errno in (errno.EMFILE, errno.ENFILE):
-            raise RetryableError(f"{path}: {exc.strerror}") from exc
-        raise
-
-
-def _read_whole(upload: Upload) -> bytes:
-    with _Source(upload) as source:
-        return source.read(0, upload.size)
-
-
-def _write(descriptor: int, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 async def _framed(head: bytes, pieces: AsyncIterator[bytes], tail: bytes) -> AsyncIterator[bytes]:
@@ -573,7 +388,7 @@ def _multipart(declared: dict[str, Any], kind: str, content: bytes) -> tuple[dic
     return headers, head + content + tail
 
 
-def _declared(upload: Upload) -> dict[str, Any]:
+def _declared(upload: FileToSend) -> dict[str, Any]:
     return {
         "name": upload.name,
         "crc32c": encode_crc32c(upload.crc32c),
@@ -621,29 +436,6 @@ def _info(item: dict[str, Any]) -> ObjectInfo:
         int(item["generation"]),
         item.get("metadata", {}).get(DIGEST_KEY),
     )
-
-
-def _changed(upload: Upload, how: str) -> DataChangedError:
-    return DataChangedError(
-        f"{upload.path} changed while it was being uploaded ({how}); nothing was published. Retry "
-        "once nothing writes to it."
-    )
-
-
-async def _check_unchanged(upload: Upload) -> None:
-    """Raise DataChangedError unless the file still is the one that was hashed.
-
-    It is read in another thread, so that other transfers go on, and by pieces, so that none is
-    left behind when all is to end.
-    """
-    crc32c = 0
-    with _Source(upload) as source:
-        for start in range(0, upload.size, _PIECE):
-            size = min(_PIECE, upload.size - start)
-            piece = await asyncio.to_thread(source.read, start, size)
-            crc32c = google_crc32c.extend(crc32c, piece)
-    if crc32c != upload.crc32c:
-        raise _changed(upload, "its CRC32C differs from the one at hash time")
 
 
 def _decode(crc32c: str) -> int:

@@ -1,20 +1,15 @@
-"""Objects in one bucket: what the cache asks of a store.
+"""Objects in one bucket: what datasets ask of a store.
 
-DAG files import this, so it costs nothing: what talks to Cloud Storage (`core.store`) is imported
-when a bucket is opened.
+DAG files import this, so it costs nothing: what talks to Cloud Storage (`core.cloud.gcs`) is
+imported when a bucket is opened.
 """
 
 import base64
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from keras_remote_airflow.core.errors import ConflictError, StoreError
-from keras_remote_airflow.core.project import resolve_project
-
-if TYPE_CHECKING:
-    from keras_remote_airflow.core.transport import RetryPolicy
+from keras_remote_airflow.core.errors import ConflictError
 
 
 class ObjectInfo(NamedTuple):
@@ -42,7 +37,7 @@ class Page(NamedTuple):
     next_token: str | None
 
 
-class Upload(NamedTuple):
+class FileToSend(NamedTuple):
     """A local file to store.
 
     Attributes:
@@ -62,7 +57,7 @@ class Upload(NamedTuple):
     digest: bytes
 
 
-class Download(NamedTuple):
+class ObjectToFetch(NamedTuple):
     """An object to fetch into `path`, a file that does not exist yet."""
 
     info: ObjectInfo
@@ -92,8 +87,8 @@ class ObjectStore(Protocol):
 
     def upload(
         self,
-        uploads: Iterable[Upload],
-        done: Callable[[Upload, bool], None],
+        uploads: Iterable[FileToSend],
+        done: Callable[[FileToSend, bool], None],
         moved: Callable[[int], None] = ignore_moved,
     ) -> None:
         """Store files concurrently; objects that hold the same bytes already are left alone.
@@ -112,8 +107,8 @@ class ObjectStore(Protocol):
 
     def download(
         self,
-        downloads: Iterable[Download],
-        done: Callable[[Download], None],
+        downloads: Iterable[ObjectToFetch],
+        done: Callable[[ObjectToFetch], None],
         moved: Callable[[int], None] = ignore_moved,
     ) -> None:
         """Fetch objects concurrently into new files, checking size and CRC32C; see `upload`.
@@ -145,40 +140,6 @@ def list_objects(store: ObjectStore, prefix: str) -> Iterator[ObjectInfo]:
         token = page.next_token
         if token is None:
             return
-
-
-@contextmanager
-def open_store(
-    bucket: str, client: Any = None, project: str | None = None, retry: "RetryPolicy | None" = None
-) -> Iterator[ObjectStore]:
-    """Open a bucket on Cloud Storage, and close its connections afterwards.
-
-    Args:
-        bucket: bare name of the bucket.
-        client: google.cloud.storage.Client whose credentials and endpoint to use; None makes one
-            from the environment (application default credentials, `STORAGE_EMULATOR_HOST`).
-        project: project id for a client made here; None takes the environment's.
-        retry: when to retry; None takes the defaults.
-    """
-    from keras_remote_airflow.core.store import GcsStore
-    from keras_remote_airflow.core.transport import RetryPolicy, Transport, is_outage
-
-    if client is None:
-        from google.auth.exceptions import GoogleAuthError
-        from google.cloud import storage
-
-        try:
-            # google.cloud.storage has no types.
-            client = storage.Client(project=resolve_project(project))  # type: ignore[no-untyped-call]
-        except GoogleAuthError as exc:
-            outage = is_outage(exc)
-            raise StoreError(
-                f"no Google Cloud credentials: {exc}",
-                status=None if outage else 401,
-                transient=outage,
-            ) from exc
-    with Transport(client, retry or RetryPolicy()) as transport:
-        yield GcsStore(bucket, transport)
 
 
 def conflict(uri: str, there: ObjectInfo, path: str, size: int, crc32c: int) -> ConflictError:

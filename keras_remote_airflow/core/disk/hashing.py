@@ -11,8 +11,7 @@ The order is os.walk's with names sorted by code point: a directory's files, the
 subdirectories. Linked directories are not followed; linked files are read.
 
 SHA-256 and CRC32C come from the same bytes, so whatever later answers to the CRC32C of an upload
-is what was hashed. A snapshot keeps about 70 bytes a file plus its name, in flat arrays: a million
-files fit into some 150 MB.
+is what was hashed.
 """
 
 import errno
@@ -27,17 +26,15 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import accumulate, compress, islice
+from itertools import compress
 from typing import Any, NamedTuple, Self
 
 import google_crc32c
 
-from keras_remote_airflow.core.errors import (
-    DataChangedError,
-    DataNotFoundError,
-    InvalidInputError,
-)
-from keras_remote_airflow.core.index import HashIndex
+from keras_remote_airflow.core.disk.index import HashIndex
+from keras_remote_airflow.core.disk.snapshot import Snapshot
+from keras_remote_airflow.core.disk.tree import open_path, inaccessible, walk, single_file, encode_names, not_a_file, OPEN_FLAGS, FOLDER_FLAGS
+from keras_remote_airflow.core.errors import DataChangedError
 from keras_remote_airflow.core.progress import Progress
 
 _log = logging.getLogger(__name__)
@@ -45,8 +42,6 @@ _log = logging.getLogger(__name__)
 # Below this a file is hashed inline. hashlib lets go of the interpreter lock above 2 KiB, and
 # threads that hash small files spend their time fighting over it.
 _SMALL = 128 * 1024
-# A link that leads to itself or through a file; a path longer than the system takes.
-_UNUSABLE = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
 # Of a large file at a time: what stays in a processor's cache between reading and hashing.
 _PIECE = 512 * 1024
 _HUGE = 64 * 1024 * 1024  # from here on reading ahead pays
@@ -59,137 +54,6 @@ _PATIENCE = 0.00005
 _WAITS = 3  # that many times in a row: once may be another process's doing
 _WIDE = 32  # threads
 _WIDE_FILES = 2000  # before it is looked again whether that is still needed; then twice as many
-_SLICE = 10_000  # files of one folder that are listed together
-# O_NONBLOCK: should a FIFO take a file's place after the directory was listed, opening it must
-# not hang. It means nothing to a regular file.
-_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-# Files are opened by their name in an open folder: the system need not walk down the whole path.
-_FOLDER_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-# What opening a file says that is gone, or that something else has taken the place of.
-_VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP, errno.ENXIO)
-
-
-class FileRecord(NamedTuple):
-    """One file of a snapshot.
-
-    Attributes:
-        path: relative to the snapshot's root, with "/"; a single file's basename.
-        size: bytes.
-        crc32c: of its content.
-        digest: raw SHA-256 of path, a zero byte and content.
-        mtime_ns: modification time when it was opened, nanoseconds since the epoch.
-    """
-
-    path: str
-    size: int
-    crc32c: int
-    digest: bytes
-    mtime_ns: int
-
-
-class Snapshot:
-    """What a file or directory held when it was read; made by `take_snapshot`.
-
-    Attributes:
-        root: absolute local path.
-        is_dir: whether it is a directory.
-        content_hash: 64 hex digits.
-        total_bytes: size of all files.
-    """
-
-    def __init__(self, root: str, is_dir: bool) -> None:
-        self.root = root
-        self.is_dir = is_dir
-        self.content_hash = ""
-        self.total_bytes = 0
-        self._names = bytearray()
-        self._name_ends = array("Q")
-        self._sizes = array("Q")
-        self._crcs = array("I")
-        self._mtimes = array("q")
-        self._digests = bytearray()
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def name(self, index: int) -> bytes:
-        """Return the relative path of file `index` in UTF-8."""
-        start = self._name_ends[index - 1] if index else 0
-        return bytes(self._names[start : self._name_ends[index]])
-
-    def names(self) -> Iterator[bytes]:
-        """Yield every relative path in UTF-8, in the order of the content hash."""
-        start = 0
-        for end in self._name_ends:
-            yield bytes(self._names[start:end])
-            start = end
-
-    def record(self, index: int) -> FileRecord:
-        """Return file `index`, in the order of the content hash."""
-        return FileRecord(
-            self.name(index).decode(),
-            self._sizes[index],
-            self._crcs[index],
-            bytes(self._digests[32 * index : 32 * index + 32]),
-            self._mtimes[index],
-        )
-
-    def records(self) -> Iterator[FileRecord]:
-        """Yield every file in the order of the content hash."""
-        return map(self.record, range(len(self)))
-
-    def local_path(self, relative_path: str) -> str:
-        """Return where the file called `relative_path` is on disk."""
-        return os.path.join(self.root, relative_path) if self.is_dir else self.root
-
-    def _extend(self, names: list[bytes]) -> int:
-        """Make room for files of these relative paths; return the index of the first."""
-        first = len(self._sizes)
-        ends = accumulate(map(len, names), initial=len(self._names))
-        self._name_ends.extend(islice(ends, 1, None))
-        self._names += b"".join(names)
-        for numbers in (self._sizes, self._crcs, self._mtimes):
-            numbers.frombytes(bytes(numbers.itemsize * len(names)))
-        self._digests += bytes(32 * len(names))
-        return first
-
-    def _fill(self, index: int, size: int, mtime_ns: int, digest: bytes, crc32c: int) -> None:
-        """Note what file `index` was found to be, in any thread."""
-        self._sizes[index] = size
-        self._mtimes[index] = mtime_ns
-        self._digests[32 * index : 32 * index + 32] = digest
-        self._crcs[index] = crc32c
-
-    def _fill_all(
-        self,
-        indices: Sequence[int],
-        states: list[os.stat_result],
-        crcs: "array[int]",
-        digests: bytes,
-    ) -> None:
-        """Note what these files, in ascending order, were found to be, in any thread."""
-        if indices and indices[-1] - indices[0] == len(indices) - 1:
-            these = slice(indices[0], indices[-1] + 1)
-            self._sizes[these] = array("Q", [state.st_size for state in states])
-            self._mtimes[these] = array("q", [state.st_mtime_ns for state in states])
-            self._crcs[these] = crcs
-            self._digests[32 * these.start : 32 * these.stop] = digests
-        else:
-            for at, (index, state) in enumerate(zip(indices, states, strict=True)):
-                digest = digests[32 * at : 32 * at + 32]
-                self._fill(index, state.st_size, state.st_mtime_ns, digest, crcs[at])
-
-    def _finish(self) -> None:
-        self.total_bytes = sum(self._sizes)
-        self.content_hash = self.hash_as(self.is_dir)
-
-    def hash_as(self, is_dir: bool) -> str:
-        """Return the content hash that the same files have as a directory, or as a single file."""
-        return hashlib.sha256((b"dir:" if is_dir else b"file:") + self._digests).hexdigest()
-
-
-# SHA-256("dir:"): the one dataset that has no objects.
-EMPTY_DIRECTORY_HASH = hashlib.sha256(b"dir:").hexdigest()
 
 
 def take_snapshot(
@@ -199,7 +63,7 @@ def take_snapshot(
 
     Args:
         path: absolute local path.
-        hash_index: file of a hash index (see `core.index`), which is read, and written if anything
+        hash_index: file of a hash index (see `core.disk.index`), which is read, and written if anything
             is new: files that it knows and that are unchanged are not read. None reads every file.
         expected: how many files and bytes are there, if that is known: progress can then tell the
             time left. Of a single file it is known anyway.
@@ -222,8 +86,8 @@ def take_snapshot(
     if expected:
         progress.expect(*expected)
     with progress, _Hasher(snapshot, progress) as hasher:
-        for folder, names in _walk(path) if is_dir else [_single(path)]:
-            paths = _encode(path, folder, names)
+        for folder, names in walk(path) if is_dir else [single_file(path)]:
+            paths = encode_names(path, folder, names)
             files = _Files(
                 os.path.join(path if is_dir else os.path.dirname(path), folder),
                 names,
@@ -281,11 +145,11 @@ def _unknown(files: _Files, snapshot: Snapshot, index: HashIndex) -> Sequence[in
 
 
 def _states(files: _Files) -> list[os.stat_result]:
-    folder = _open(files.folder, _FOLDER_FLAGS)
+    folder = open_path(files.folder, FOLDER_FLAGS)
     try:
         return [os.stat(name, dir_fd=folder) for name in files.names]
     except OSError as exc:
-        raise _inaccessible(os.path.join(files.folder, exc.filename), exc) from exc
+        raise inaccessible(os.path.join(files.folder, exc.filename), exc) from exc
     finally:
         os.close(folder)
 
@@ -402,11 +266,11 @@ class _Hasher:
     def _hash_large(self, files: _Files, position: int) -> None:
         """Hash one file piece by piece, in any thread; end early when all is to end."""
         path = files.local_path(position)
-        descriptor = _open(path, _OPEN_FLAGS)
+        descriptor = open_path(path, OPEN_FLAGS)
         try:
             state = os.fstat(descriptor)
             if not stat.S_ISREG(state.st_mode):
-                raise _not_a_file(path, state.st_mode)
+                raise not_a_file(path, state.st_mode)
             sha256 = hashlib.sha256(files.paths[position] + b"\0")
             crc32c = done = 0
             read = _read_ahead if state.st_size > _HUGE else _read
@@ -439,18 +303,18 @@ def _read_together(
     """
     names = files.names
     descriptors: list[int] = []
-    folder = _open(files.folder, _FOLDER_FLAGS)
+    folder = open_path(files.folder, FOLDER_FLAGS)
     try:
         for position in positions:
             try:
-                descriptors.append(os.open(names[position], _OPEN_FLAGS, dir_fd=folder))
+                descriptors.append(os.open(names[position], OPEN_FLAGS, dir_fd=folder))
             except OSError as exc:
-                raise _inaccessible(files.local_path(position), exc) from exc
+                raise inaccessible(files.local_path(position), exc) from exc
         states = list(map(os.fstat, descriptors))
         sizes = [state.st_size for state in states]
         if not all(map(stat.S_ISREG, {state.st_mode for state in states})):
             raise next(
-                _not_a_file(files.local_path(position), state.st_mode)
+                not_a_file(files.local_path(position), state.st_mode)
                 for position, state in zip(positions, states, strict=True)
                 if not stat.S_ISREG(state.st_mode)
             )
@@ -498,130 +362,8 @@ def _read_ahead(descriptor: int) -> Generator[tuple[bytes, int], None, None]:
             yield piece
 
 
-def _open(path: str, flags: int) -> int:
-    try:
-        return os.open(path, flags)
-    except OSError as exc:
-        raise _inaccessible(path, exc) from exc
-
-
-def _inaccessible(path: str, error: OSError) -> Exception:
-    if error.errno in _VANISHED:
-        return DataChangedError(
-            f"{path} vanished while the data was being read. Retry once nothing writes to it."
-        )
-    if isinstance(error, PermissionError):
-        return InvalidInputError(
-            f"cannot read {path}: permission denied. Make it readable for this user, or move it "
-            "out of the data."
-        )
-    return OSError(error.errno, error.strerror, path)  # it names but the last part of the path
-
-
-def _single(path: str) -> tuple[str, list[str]]:
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError as exc:
-        raise DataNotFoundError(f"data path does not exist: {path}") from exc
-    if not stat.S_ISREG(mode):
-        raise _not_a_file(path, mode)
-    return "", [os.path.basename(path)]
-
-
-def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield folders (relative, "" or with a final "/") and names of files in them, some at a time.
-
-    In the order of the content hash.
-    """
-    linked: list[str] = []
-    folders = [""]
-    while folders:
-        folder = folders.pop()
-        files, subfolders = _list(root, folder, linked)
-        for start in range(0, len(files), _SLICE):
-            yield folder, files[start : start + _SLICE]
-        folders.extend(f"{folder}{name}/" for name in reversed(subfolders))
-    if linked:
-        _log.warning(
-            "Linked directories are not followed and not part of the data: %s%s",
-            ", ".join(linked[:10]),
-            f" and {len(linked) - 10} more" if len(linked) > 10 else "",
-        )
-
-
-def _list(root: str, folder: str, linked: list[str]) -> tuple[list[str], list[str]]:
-    files: list[str] = []
-    subfolders: list[str] = []
-    try:
-        with os.scandir(f"{root}/{folder}") as entries:
-            for entry in entries:
-                if entry.is_file():
-                    files.append(entry.name)
-                elif entry.is_dir(follow_symlinks=False):
-                    subfolders.append(entry.name)
-                elif entry.is_dir():
-                    linked.append(folder + entry.name)
-                else:
-                    raise _special(f"{root}/{folder}{entry.name}")
-    except (FileNotFoundError, PermissionError) as exc:
-        raise _inaccessible(f"{root}/{folder}", exc) from exc
-    except OSError as exc:
-        if exc.errno in _UNUSABLE:
-            raise InvalidInputError(
-                f"cannot follow the link or path {exc.filename or root + '/' + folder}: "
-                f"{exc.strerror}. Remove the link, or shorten the path."
-            ) from exc
-        raise
-    files.sort()
-    subfolders.sort()
-    return files, subfolders
-
-
-def _special(path: str) -> Exception:
-    try:
-        return _not_a_file(path, os.stat(path).st_mode)
-    except OSError:
-        if not os.path.islink(path):
-            return _inaccessible(path, FileNotFoundError(errno.ENOENT, "gone"))
-        return InvalidInputError(
-            f"broken link: {path} points to {os.readlink(path)}, which is not there. Remove the "
-            "link or restore its target."
-        )
-
-
-def _not_a_file(path: str, mode: int) -> InvalidInputError:
-    kinds = {
-        stat.S_IFIFO: "a FIFO",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-        stat.S_IFDIR: "a directory",
-    }
-    kind = kinds.get(stat.S_IFMT(mode), "a special file")
-    return InvalidInputError(f"{path} is {kind}: expected regular files. Move it out of the data.")
-
-
 def _changed(path: str, opened: int, read: int) -> DataChangedError:
     return DataChangedError(
         f"{path} changed while it was being hashed ({opened} bytes when opened, {read} bytes "
         "read). Retry once nothing writes to it."
     )
-
-
-def _encode(root: str, folder: str, names: list[str]) -> list[bytes]:
-    """Return the relative paths of files in UTF-8."""
-    try:
-        prefix = folder.encode()
-        return [prefix + name.encode() for name in names]
-    except UnicodeEncodeError as exc:
-        refused = next(name for name in names if not _is_utf8(folder + name))
-        path = os.fsencode(os.path.join(root, folder, refused))
-        raise InvalidInputError(f"file name is not UTF-8: {path!r}. Rename it.") from exc
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

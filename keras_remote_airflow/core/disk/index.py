@@ -44,7 +44,7 @@ import google_crc32c
 from keras_remote_airflow.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from keras_remote_airflow.core.hashing import Snapshot
+    from keras_remote_airflow.core.disk.hashing import Snapshot
 
 _log = logging.getLogger(__name__)
 

@@ -1,13 +1,10 @@
 """Compare what is on disk with what a listing shows."""
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
+from keras_remote_airflow.core.cloud.store import ObjectInfo
+from keras_remote_airflow.core.disk.snapshot import Snapshot
 from keras_remote_airflow.core.layout import RESERVED_NAME
-from keras_remote_airflow.core.objects import ObjectInfo
-
-if TYPE_CHECKING:
-    from keras_remote_airflow.core.hashing import Snapshot
 
 
 def data_objects(objects: Iterable[ObjectInfo], prefix: str) -> Iterator[tuple[bytes, ObjectInfo]]:

@@ -1,4 +1,4 @@
-"""Publish data under the hash of its content, once; look up what is published.
+"""Publish data under the hash of its content, once.
 
 Order is what keeps the cache honest. On a miss: hash, look at what an earlier attempt left, upload
 what is missing, and only when every byte is stored write the marker. Whoever dies in between
@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.cloud.store import ObjectStore, FileToSend
 from keras_remote_airflow.core.data import Data, as_data
-from keras_remote_airflow.core.errors import ConflictError, InvalidInputError, MarkerError
-from keras_remote_airflow.core.inventory import data_objects, differences
+from keras_remote_airflow.core.datasets.lookup import check_verify, missing_files, lookup
+from keras_remote_airflow.core.disk.snapshot import Snapshot
+from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.layout import (
     RESERVED_NAME,
     CacheKey,
@@ -29,49 +32,18 @@ from keras_remote_airflow.core.layout import (
     split_gcs_uri,
     suspects,
 )
-from keras_remote_airflow.core.objects import (
-    ObjectStore,
-    Upload,
-    conflict,
-    first_page,
-    how_to_clear,
-    list_objects,
-    open_store,
-)
 from keras_remote_airflow.core.progress import Progress, format_bytes
 
 if TYPE_CHECKING:
-    from keras_remote_airflow.core.hashing import Snapshot
-    from keras_remote_airflow.core.transport import RetryPolicy
+    from keras_remote_airflow.core.cloud.retry import RetryPolicy
 
 _log = logging.getLogger(__name__)
-
 # Above this keras_remote suggests reading from Cloud Storage directly (10 * 1024**3 bytes).
 _LARGE = 10 * 1024**3
 # Files that are sent before the first look whether somebody else sends them, too.
 _FIRST_ROUND = 16
 # Objects in one page of a listing, which costs as much as an upload.
 _PAGE = 1000
-_VERIFY = ("page", "full")
-
-
-@dataclass(frozen=True)
-class CacheEntry:
-    """A published dataset.
-
-    Attributes:
-        gcs_uri: where it is, without a trailing slash.
-        is_dir: whether it is a directory; None if its marker does not say.
-        files: number of data objects; None if its marker does not say.
-        bytes: their total size; None likewise.
-        published_at: when its marker was written, RFC 3339 in UTC; None likewise. Not compared.
-    """
-
-    gcs_uri: str
-    is_dir: bool | None
-    files: int | None
-    bytes: int | None
-    published_at: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -131,7 +103,7 @@ def upload_data(
 ) -> str:
     """Make sure that `data` is on Cloud Storage and return its `gs://` URI.
 
-    `keras_remote_airflow.core.cache.upload` does the same and tells what it did; there is more on
+    `keras_remote_airflow.core.datasets.upload.upload` does the same and tells what it did; there is more on
     each parameter, and on what is raised.
 
     Args:
@@ -189,8 +161,8 @@ def upload(
         verify: how much of the listing a hit is checked against: "page" (the first 1,000 objects,
             one request) or "full".
         retry: when to try a failed request again and when to give up; None takes the defaults of
-            `core.transport.RetryPolicy`.
-        hash_index: local file that remembers the hashes of unchanged files, see `core.index`; None
+            `core.cloud.retry.RetryPolicy`.
+        hash_index: local file that remembers the hashes of unchanged files, see `core.disk.index`; None
             takes the environment's `KERAS_REMOTE_HASH_INDEX`, or reads every file.
         dry_run: write nothing to Cloud Storage. Everything is read as ever, and the result says
             what would have been uploaded, and where to.
@@ -205,14 +177,14 @@ def upload(
         MarkerError: the marker cannot be read.
         StoreError: Cloud Storage refused, or kept failing until the deadline (120 s).
     """
-    from keras_remote_airflow.core.hashing import take_snapshot
-    from keras_remote_airflow.core.index import default_index
+    from keras_remote_airflow.core.disk.hashing import take_snapshot
+    from keras_remote_airflow.core.disk.index import default_index
 
     started = time.monotonic()
     check_bucket(bucket_name)
     check_namespace(namespace_prefix)
     chosen_layout = get_layout(layout)
-    _check_verify(verify)
+    check_verify(verify)
     data = as_data(data)
     if data.is_gcs:
         split_gcs_uri(data.path)
@@ -223,12 +195,12 @@ def upload(
     key = CacheKey(bucket_name, namespace_prefix, snapshot.content_hash, chosen_layout)
     _check_names(snapshot, key)
     sent = Progress(_log, f"{'Dry run of uploading' if dry_run else 'Uploading'} to {key.gcs_uri}")
-    with open_store(bucket_name, client, project, retry) as store:
+    with open_bucket(bucket_name, client, project, retry) as store:
         found = lookup(store, key, snapshot=snapshot, verify=verify)
         if found is None:
             _warn_if_odd(snapshot)
             if dry_run:
-                for index in _missing(store, key, snapshot, only_first_page=False):
+                for index in missing_files(store, key, snapshot, only_first_page=False):
                     sent.add(1, snapshot.record(index).size)
             else:
                 publish(store, key, snapshot, sent)
@@ -257,78 +229,6 @@ def upload(
         result.gcs_uri,
     )
     return result
-
-
-def find(
-    bucket_name: str,
-    content_hash: str,
-    project: str | None = None,
-    namespace_prefix: str = "default",
-    *,
-    client: Any = None,
-    layout: str = "keras_remote",
-    verify: str = "page",
-    retry: "RetryPolicy | None" = None,
-) -> CacheEntry | None:
-    """Return the dataset published under `content_hash`, or None while there is none.
-
-    Reads the marker and one page of the listing (`verify="full"`: all of it). A marker whose
-    objects are gone counts as none, and a warning says so.
-
-    `content_hash` is 64 hex digits; the other parameters and the errors are those of `upload`.
-    """
-    key = CacheKey(bucket_name, namespace_prefix, content_hash, get_layout(layout))
-    _check_verify(verify)
-    with open_store(bucket_name, client, project, retry) as store:
-        return lookup(store, key, verify=verify)
-
-
-def lookup(
-    store: ObjectStore, key: CacheKey, *, snapshot: "Snapshot | None" = None, verify: str = "page"
-) -> CacheEntry | None:
-    """Return the entry under `key` if its marker and its objects are there, else None.
-
-    Args:
-        store: the bucket that `key` names.
-        key: the entry.
-        snapshot: the data itself, where it is at hand: then the listing is compared with it,
-            otherwise with the marker's receipt.
-        verify: "page" or "full".
-    """
-    body = store.read(key.marker_name)
-    if body is None:
-        return None
-    receipt = parse_marker(body, key)
-    if snapshot is not None:
-        if receipt and (receipt.files, receipt.total_bytes) != (
-            len(snapshot),
-            snapshot.total_bytes,
-        ):
-            raise MarkerError(
-                f"marker gs://{key.bucket}/{key.marker_name} says {receipt.files} files with "
-                f"{receipt.total_bytes} bytes, but data of this content hash has {len(snapshot)} "
-                f"with {snapshot.total_bytes}. Delete that object to have it written anew."
-            )
-        missing = sum(1 for _ in _missing(store, key, snapshot, only_first_page=verify == "page"))
-        problem = f"{missing} of its objects are gone" if missing else None
-    else:
-        problem = _disagreement(store, key, receipt, verify)
-    if problem:
-        _log.warning(
-            "%s has its marker, but %s (a lifecycle rule may have deleted them): not a hit until "
-            "the data is uploaded again",
-            key.gcs_uri,
-            problem,
-        )
-        return None
-    if snapshot is not None:
-        known = snapshot.is_dir, len(snapshot), snapshot.total_bytes
-    elif receipt:
-        known = receipt.is_dir, receipt.files, receipt.total_bytes
-    else:
-        return CacheEntry(key.gcs_uri, None, None, None)
-    published_at = (receipt.created_at or None) if receipt else None
-    return CacheEntry(key.gcs_uri, *known, published_at=published_at)
 
 
 def publish(store: ObjectStore, key: CacheKey, snapshot: "Snapshot", sent: Progress) -> None:
@@ -364,10 +264,10 @@ def _send(
     """Store these files of the snapshot, or those of them that nobody else stores meanwhile."""
     found_there = 0
 
-    def uploads(indices: "array[int]") -> Iterator[Upload]:
+    def uploads(indices: "array[int]") -> Iterator[FileToSend]:
         for index in indices:
             file = snapshot.record(index)
-            yield Upload(
+            yield FileToSend(
                 snapshot.local_path(file.path),
                 key.object_name(file.path),
                 file.size,
@@ -376,7 +276,7 @@ def _send(
                 file.digest,
             )
 
-    def done(upload: Upload, was_sent: bool) -> None:
+    def done(upload: FileToSend, was_sent: bool) -> None:
         nonlocal found_there
         if was_sent:
             sent.add(1, upload.size)
@@ -410,14 +310,9 @@ def _missing_from_anywhere(store: ObjectStore, key: CacheKey, snapshot: "Snapsho
 
     So that several uploaders of the same data share the work instead of racing for each object.
     """
-    missing = array("Q", _missing(store, key, snapshot, only_first_page=False))
+    missing = array("Q", missing_files(store, key, snapshot, only_first_page=False))
     start = random.randrange(len(missing)) if missing else 0  # noqa: S311 - no secret
     return missing[start:] + missing[:start]
-
-
-def _check_verify(verify: str) -> None:
-    if verify not in _VERIFY:
-        raise InvalidInputError(f"unknown verify {verify!r}: expected one of {list(_VERIFY)}")
 
 
 def _check_names(snapshot: "Snapshot", key: CacheKey) -> None:
@@ -443,68 +338,3 @@ def _warn_if_odd(snapshot: "Snapshot") -> None:
             snapshot.root,
             format_bytes(snapshot.total_bytes),
         )
-
-
-def _missing(
-    store: ObjectStore, key: CacheKey, snapshot: "Snapshot", *, only_first_page: bool
-) -> Iterator[int]:
-    """Yield which files of the snapshot have no object; raise ConflictError for foreign objects."""
-    bound = None
-    if only_first_page:
-        page = first_page(store, key.prefix)
-        objects = iter(page.objects)
-        if page.next_token is not None:
-            bound = page.objects[-1].name.removeprefix(key.prefix).encode()
-    else:
-        objects = list_objects(store, key.prefix)
-    for index, found in differences(snapshot, data_objects(objects, key.prefix), bound):
-        if found is None and index is not None:
-            yield index
-        elif found is not None:
-            uri = f"gs://{key.bucket}/{found.name}"
-            if index is None:
-                raise ConflictError(
-                    f"{uri} ({found.size} bytes) is under this content hash but not in the data. "
-                    f"Find out who wrote it; {how_to_clear(uri)}"
-                )
-            file = snapshot.record(index)
-            path = snapshot.local_path(file.path)
-            raise conflict(uri, found, path, file.size, file.crc32c)
-
-
-def _disagreement(
-    store: ObjectStore, key: CacheKey, receipt: Receipt | None, verify: str
-) -> str | None:
-    """Say how what is under `key` falls short of its receipt, or return None.
-
-    Raises ConflictError if there are more than it says.
-    """
-    from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH
-
-    if receipt is None:
-        # Another client's marker says nothing of its objects; only the empty directory has none.
-        objects = data_objects(list_objects(store, key.prefix), key.prefix)
-        some = next(objects, None) is not None
-        return None if some or key.content_hash == EMPTY_DIRECTORY_HASH else "it has no objects"
-    if verify == "full":
-        whole, shown = True, list_objects(store, key.prefix)
-    else:
-        page = first_page(store, key.prefix)
-        whole, shown = page.next_token is None, iter(page.objects)
-    files = size = 0
-    for _, info in data_objects(shown, key.prefix):
-        files += 1
-        size += info.size
-    if files > receipt.files or size > receipt.total_bytes:
-        # No upload mends this: waiting for one would be in vain.
-        raise ConflictError(
-            f"{key.gcs_uri} has {files} objects with {size} bytes, more than the {receipt.files} "
-            f"with {receipt.total_bytes} that its marker says. Find out who wrote the others, and "
-            "remove them."
-        )
-    if whole and (files, size) != (receipt.files, receipt.total_bytes):
-        return (
-            f"it has {files} objects with {size} bytes where the marker says {receipt.files} with "
-            f"{receipt.total_bytes}"
-        )
-    return None

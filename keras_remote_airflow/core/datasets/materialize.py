@@ -9,50 +9,29 @@ and is locked (flock) by whoever fills it: a second process waits and then reuse
 what a killed one left behind is swept by the next.
 """
 
-import errno
-import fcntl
 import hashlib
 import logging
 import os
-import shutil
-import stat
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from keras_remote_airflow.core.errors import (
-    IntegrityError,
-    InvalidInputError,
-    KerasRemoteError,
-)
-from keras_remote_airflow.core.inventory import data_objects, differences, matches
-from keras_remote_airflow.core.layout import (
-    CacheKey,
-    Receipt,
-    check_relative_path,
-    parse_marker,
-    split_gcs_uri,
-)
-from keras_remote_airflow.core.objects import (
-    Download,
-    ObjectInfo,
-    ObjectStore,
-    first_page,
-    list_objects,
-    open_store,
-)
+from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.cloud.store import ObjectToFetch, ObjectInfo, ObjectStore, first_page, list_objects
+from keras_remote_airflow.core.datasets.diff import data_objects, differences, matches
+from keras_remote_airflow.core.disk.destination import check_dest, default_dest, is_taken, locked, mode_for, mount_point, rename, partial_name
+from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH, Snapshot
+from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, KerasRemoteError
+from keras_remote_airflow.core.layout import CacheKey, Receipt, check_relative_path, parse_marker, split_gcs_uri
 from keras_remote_airflow.core.progress import Progress, format_bytes
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref
 
 if TYPE_CHECKING:
-    from keras_remote_airflow.core.hashing import Snapshot
-    from keras_remote_airflow.core.transport import RetryPolicy
+    from keras_remote_airflow.core.cloud.retry import RetryPolicy
 
 _log = logging.getLogger(__name__)
-
 # Objects listed before they are downloaded: bounds memory whatever the size of the dataset.
 _BATCH = 10_000
 # How many of the things that are wrong with data an error names.
@@ -84,7 +63,7 @@ def materialize(
         client: google.cloud.storage.Client whose credentials and endpoint to use; None makes one.
         project: project id for the client made here; None takes `get_default_project()`.
         retry: when to try a failed request again and when to give up; None takes the defaults of
-            `core.transport.RetryPolicy`.
+            `core.cloud.retry.RetryPolicy`.
 
     Returns:
         The absolute path of the directory, or of the file.
@@ -96,25 +75,25 @@ def materialize(
         StoreError: Cloud Storage refused, or kept failing until the deadline (120 s).
         OSError: the destination cannot be written, or the disk is full.
     """
-    from keras_remote_airflow.core.hashing import take_snapshot
+    from keras_remote_airflow.core.disk.hashing import take_snapshot
 
     parsed = parse_data_ref(ref)
     key = parsed.cache_key
     target = os.path.expanduser(dest) if dest else parsed.mount_path
     if key and not target:
-        target = _default_dest(key.content_hash, cache_dir)
+        target = default_dest(key.content_hash, cache_dir)
     if target:
-        target = _check_dest(target)
+        target = check_dest(target)
     held = None
-    if key and parsed.is_dir and target and _is_taken(target):
+    if key and parsed.is_dir and target and is_taken(target):
         held = take_snapshot(target)
         if held.content_hash == key.content_hash:  # needs no network
             return _reuse(parsed, target, None)
-    with open_store(split_gcs_uri(parsed.gcs_uri)[0], client, project, retry) as store:
+    with open_bucket(split_gcs_uri(parsed.gcs_uri)[0], client, project, retry) as store:
         source = _RefData(store, parsed, key)
         if held is not None and target:
             return _reuse(parsed, target, source.problem(held))
-        target = target or _check_dest(_default_dest(source.fingerprint(), cache_dir))
+        target = target or check_dest(default_dest(source.fingerprint(), cache_dir))
         if parsed.is_dir:
             return _fetch(source, os.path.dirname(target), target)
         return _fetch(source, target, os.path.join(target, source.single_name()))
@@ -251,15 +230,15 @@ def _reuse(ref: DataRef, final: str, problem: str | None) -> str:
 
 def _fetch(source: _RefData, folder: str, final: str) -> str:
     """Fill `final` through a directory of our own in `folder`, which is on the same file system."""
-    from keras_remote_airflow.core.hashing import take_snapshot
+    from keras_remote_airflow.core.disk.hashing import take_snapshot
 
     os.makedirs(folder, exist_ok=True)
     partial = os.path.join(folder, partial_name(final))
-    with _locked(partial):
-        if _is_taken(final):
+    with locked(partial):
+        if is_taken(final):
             return _reuse(source.ref, final, source.problem(take_snapshot(final)))
         if os.path.ismount(final):
-            raise _mount_point(final)
+            raise mount_point(final)
         if os.path.isdir(final) and not source.ref.is_dir:
             raise InvalidInputError(
                 f"destination {final} is a directory, but {source.ref.gcs_uri} is a single file. "
@@ -286,8 +265,8 @@ def _fetch(source: _RefData, folder: str, final: str) -> str:
                 "uploaded again."
             )
         if source.ref.is_dir:
-            os.chmod(partial, _mode_for(final))
-        _rename(whole, final)
+            os.chmod(partial, mode_for(final))
+        rename(whole, final)
     _log.info(
         "Materialized %d files (%s) in %.1f s at %s: %s",
         progress.files,
@@ -299,19 +278,10 @@ def _fetch(source: _RefData, folder: str, final: str) -> str:
     return final
 
 
-def partial_name(final: str) -> str:
-    """Return the name of the directory through which `final` is filled.
-
-    A name that nobody else gives a file, and short however long the destination's own is.
-    """
-    name = os.path.basename(final).encode(errors="surrogateescape")
-    return f".keras-remote-{hashlib.sha256(name).hexdigest()[:16]}.partial"
-
-
 def _download(source: _RefData, folder: str) -> Progress:
     made = {folder}
 
-    def downloads(batch: list[tuple[bytes, ObjectInfo]]) -> Iterator[Download]:
+    def downloads(batch: list[tuple[bytes, ObjectInfo]]) -> Iterator[ObjectToFetch]:
         for relative, info in batch:
             check_relative_path(relative, "")
             path = os.path.join(folder, relative.decode())
@@ -319,7 +289,7 @@ def _download(source: _RefData, folder: str) -> Progress:
             if parent not in made:
                 os.makedirs(parent, exist_ok=True)
                 made.add(parent)
-            yield Download(info, path)
+            yield ObjectToFetch(info, path)
 
     objects = source.objects()
     with Progress(_log, f"Downloading {source.ref.gcs_uri}") as progress:
@@ -349,119 +319,7 @@ def _expect(progress: Progress, source: _RefData, batch: list[tuple[bytes, Objec
         progress.expect(receipt.files, receipt.total_bytes)
 
 
-@contextmanager
-def _locked(directory: str) -> Iterator[None]:
-    """Own an empty directory of mode 0700; remove it at the end unless it was renamed away."""
-    while True:
-        with suppress(FileExistsError):
-            os.mkdir(directory, 0o700)
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            descriptor = os.open(directory, flags)
-        except FileNotFoundError:
-            continue  # another process has just renamed or removed it
-        except NotADirectoryError as exc:
-            raise InvalidInputError(
-                f"{directory}, where the download goes first, is a link or a file: remove it"
-            ) from exc
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _log.info("Waiting for another process that is filling %s", directory)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not _is_at(descriptor, directory):
-                continue  # the other process renamed or removed it
-            for name in os.listdir(directory):
-                _remove(os.path.join(directory, name))
-            try:
-                yield
-            finally:
-                if _is_at(descriptor, directory):
-                    shutil.rmtree(directory)
-            return
-        finally:
-            os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _remove(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    else:
-        os.unlink(path)
-
-
-def _rename(source: str, final: str) -> None:
-    try:
-        os.rename(source, final)
-    except OSError as exc:
-        if exc.errno in (errno.EBUSY, errno.EXDEV):
-            raise _mount_point(final) from exc
-        raise
-
-
-def _mount_point(path: str) -> InvalidInputError:
-    return InvalidInputError(
-        f"destination {path} is a mount point, which cannot be put in place as a whole. Choose a "
-        "directory inside it."
-    )
-
-
-def _is_taken(path: str) -> bool:
-    """Whether something other than an empty directory is at `path`."""
-    if not os.path.lexists(path):
-        return False
-    return os.path.islink(path) or not os.path.isdir(path) or bool(os.listdir(path))
-
-
-def _check_dest(dest: str) -> str:
-    """Return the absolute path of a destination that can be put in place; raise otherwise."""
-    dest = os.path.abspath(dest)
-    if os.path.lexists(dest) and not os.path.isdir(dest):
-        raise InvalidInputError(
-            f"destination {dest} is not a directory: choose one, or a path that is not there"
-        )
-    if os.path.islink(dest) and not os.listdir(dest):
-        raise InvalidInputError(
-            f"destination {dest} is a link, which cannot be replaced as a whole. Choose a "
-            f"directory inside it, or {os.path.realpath(dest)} itself."
-        )
-    return dest
-
-
 def _may_be_empty(source: _RefData) -> bool:
-    from keras_remote_airflow.core.hashing import EMPTY_DIRECTORY_HASH
+    from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH
 
     return source.key is not None and source.key.content_hash == EMPTY_DIRECTORY_HASH
-
-
-def _mode_for(final: str) -> int:
-    """Return the mode of the empty directory that is to be replaced, or that of a new one."""
-    try:
-        return stat.S_IMODE(os.stat(final).st_mode)
-    except FileNotFoundError:
-        mask = os.umask(0o077)
-        os.umask(mask)
-        return 0o777 & ~mask
-
-
-def _default_dest(name: str, cache_dir: str | None) -> str:
-    """Return a directory called `name` in `cache_dir`, or in one that is this user's alone."""
-    if cache_dir:
-        return os.path.join(os.path.expanduser(cache_dir), name)
-    base = os.path.join(tempfile.gettempdir(), f"keras-remote-data-{os.getuid()}")
-    with suppress(FileExistsError):
-        os.mkdir(base, 0o700)
-    found = os.lstat(base)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise InvalidInputError(
-            f"{base} is not a directory that only this user can open: remove it, or name a dest"
-        )
-    return os.path.join(base, name)

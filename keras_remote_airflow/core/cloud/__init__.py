@@ -1,0 +1,1 @@
+"""Cloud Storage: objects in one bucket, and how requests reach it."""

@@ -1,0 +1,64 @@
+"""Open a bucket: which project, which client."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from keras_remote_airflow.core.cloud.store import ObjectStore
+from keras_remote_airflow.core.errors import StoreError
+
+if TYPE_CHECKING:
+    from keras_remote_airflow.core.cloud.retry import RetryPolicy
+
+_VARIABLES = ("KERAS_REMOTE_PROJECT", "GOOGLE_CLOUD_PROJECT")
+
+
+def get_default_project() -> str | None:
+    """Return the project id named by the environment, or None.
+
+    Reads `KERAS_REMOTE_PROJECT`, then `GOOGLE_CLOUD_PROJECT`; an empty variable counts as unset.
+    """
+    return resolve_project()
+
+
+def resolve_project(*candidates: str | None) -> str | None:
+    """Return the first non-empty of `candidates`, else the environment's project, else None."""
+    named = (*candidates, *(os.environ.get(variable) for variable in _VARIABLES))
+    return next((project for project in named if project), None)
+
+
+@contextmanager
+def open_bucket(
+    bucket: str, client: Any = None, project: str | None = None, retry: "RetryPolicy | None" = None
+) -> Iterator[ObjectStore]:
+    """Open a bucket on Cloud Storage, and close its connections afterwards.
+
+    Args:
+        bucket: bare name of the bucket.
+        client: google.cloud.storage.Client whose credentials and endpoint to use; None makes one
+            from the environment (application default credentials, `STORAGE_EMULATOR_HOST`).
+        project: project id for a client made here; None takes the environment's.
+        retry: when to retry; None takes the defaults.
+    """
+    from keras_remote_airflow.core.cloud.gcs import GcsStore
+    from keras_remote_airflow.core.cloud.credentials import is_outage
+    from keras_remote_airflow.core.cloud.retry import RetryPolicy
+    from keras_remote_airflow.core.cloud.transport import Transport
+
+    if client is None:
+        from google.auth.exceptions import GoogleAuthError
+        from google.cloud import storage
+
+        try:
+            # google.cloud.storage has no types.
+            client = storage.Client(project=resolve_project(project))  # type: ignore[no-untyped-call]
+        except GoogleAuthError as exc:
+            outage = is_outage(exc)
+            raise StoreError(
+                f"no Google Cloud credentials: {exc}",
+                status=None if outage else 401,
+                transient=outage,
+            ) from exc
+    with Transport(client, retry or RetryPolicy()) as transport:
+        yield GcsStore(bucket, transport)

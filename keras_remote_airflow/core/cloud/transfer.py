@@ -1,0 +1,209 @@
+"""A file on its way: the local file that is sent, or filled, and how far it has come."""
+
+import asyncio
+import errno
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Self
+
+import google_crc32c
+
+from keras_remote_airflow.core.cloud.store import ObjectToFetch, FileToSend, encode_crc32c
+from keras_remote_airflow.core.cloud.retry import RetryableError
+from keras_remote_airflow.core.errors import DataChangedError, IntegrityError
+
+# Files up to this size are read whole; larger ones pass through in pieces of this size. It is a
+# multiple of 256 KiB, as upload sessions commit (https://cloud.google.com/storage/docs/resumable-uploads).
+CHUNK_BYTES = 1 << 20
+# Seconds that reading may keep all requests waiting, and how often in a row, before threads read.
+# What is in memory takes 0.02 ms for a small file, 0.2 ms for a piece of a large one. Every so many
+# reads it is looked whether the disk is still slow.
+_PATIENCE = 0.002
+_WAITS = 3
+_LOOK_AGAIN = 256
+# A download whose bytes have disagreed with their checksum this often is given up.
+_MAX_CORRUPT = 5
+
+
+class Transit:
+    """How far a large file has come; tells it so that no byte counts twice, as `upload` says."""
+
+    def __init__(self, moved: Callable[[int], None]) -> None:
+        self._moved = moved
+        self._position = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._position:
+            self.reach(0)
+
+    def reach(self, position: int) -> None:
+        self._moved(position - self._position)
+        self._position = position
+
+
+class Disk:
+    """Reads where the requests are made, or in other threads once that keeps them waiting."""
+
+    def __init__(self) -> None:
+        self._reads = self._waits = 0
+
+    async def read(self, work: Callable[[], bytes]) -> bytes:
+        """Return what `work` reads."""
+        self._reads += 1
+        if self._waits >= _WAITS and self._reads % _LOOK_AGAIN:
+            return await asyncio.to_thread(work)
+        started = time.monotonic()
+        content = work()
+        self._waits = self._waits + 1 if time.monotonic() - started > _PATIENCE else 0
+        return content
+
+
+class Source:
+    """A local file, open for one attempt and still the one that was hashed."""
+
+    def __init__(self, upload: FileToSend) -> None:
+        self._upload = upload
+
+    def __enter__(self) -> Self:
+        try:
+            self._descriptor = _open(self._upload.path, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise _changed(self._upload, "it is gone") from None
+        except OSError as exc:
+            if exc.errno == errno.EIO:
+                raise
+            raise _changed(self._upload, f"it cannot be opened: {exc.strerror}") from exc
+        try:
+            self.check()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._descriptor)
+
+    def check(self) -> None:
+        now = os.fstat(self._descriptor)
+        if now.st_size != self._upload.size:
+            raise _changed(
+                self._upload, f"{self._upload.size} bytes at hash time, {now.st_size} bytes now"
+            )
+        if now.st_mtime_ns != self._upload.mtime_ns:
+            raise _changed(self._upload, "it was modified after it was hashed")
+
+    def read(self, start: int, size: int) -> bytes:
+        content = os.pread(self._descriptor, size, start)
+        if len(content) != size:
+            raise _changed(self._upload, "it is shorter than at hash time")
+        return content
+
+    async def pieces(self, start: int, transit: Transit, disk: Disk) -> AsyncIterator[bytes]:
+        """Yield the file from `start`; the last piece only if the file is still as it was."""
+        size = self._upload.size
+        while start < size:
+            transit.reach(start)
+            piece = await disk.read(partial(self.read, start, min(CHUNK_BYTES, size - start)))
+            start += len(piece)
+            if start == size:
+                self.check()
+            yield piece
+
+
+class Sink:
+    """The file that a download fills, and what has arrived of it so far."""
+
+    def __init__(self, download: ObjectToFetch, uri: str) -> None:
+        self.size = 0
+        self._crc32c = 0
+        self._corrupt = 0
+        self._info = download.info
+        self._uri = uri
+        self._path = download.path
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def restart(self) -> None:
+        """Forget what has arrived."""
+        self.size = self._crc32c = 0
+        if self._descriptor is None:
+            self._descriptor = _open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        else:
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+            os.ftruncate(self._descriptor, 0)
+
+    def add(self, piece: bytes) -> None:
+        assert self._descriptor is not None  # noqa: S101 - a response begins with restart()
+        _write(self._descriptor, piece)
+        self._crc32c = google_crc32c.extend(self._crc32c, piece)
+        self.size += len(piece)
+
+    def check(self) -> None:
+        """Raise unless the bytes are those of the object: for another attempt, a few times."""
+        if (self.size, self._crc32c) == (self._info.size, self._info.crc32c):
+            return
+        found = f"{self.size} bytes with CRC32C {encode_crc32c(self._crc32c)}"
+        expected = f"{self._info.size} bytes with CRC32C {encode_crc32c(self._info.crc32c)}"
+        self.restart()
+        self._corrupt += 1
+        if self._corrupt >= _MAX_CORRUPT:
+            raise IntegrityError(
+                f"{self._uri} arrived {self._corrupt} times as {found}; its metadata says "
+                f"{expected}. Look for what changes data on the way, such as a proxy."
+            )
+        raise RetryableError(f"arrived as {found}, expected {expected}")
+
+
+def read_whole(upload: FileToSend) -> bytes:
+    with Source(upload) as source:
+        return source.read(0, upload.size)
+
+
+async def check_unchanged(upload: FileToSend) -> None:
+    """Raise DataChangedError unless the file still is the one that was hashed.
+
+    It is read in another thread, so that other transfers go on, and by pieces, so that none is
+    left behind when all is to end.
+    """
+    crc32c = 0
+    with Source(upload) as source:
+        for start in range(0, upload.size, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, upload.size - start)
+            piece = await asyncio.to_thread(source.read, start, size)
+            crc32c = google_crc32c.extend(crc32c, piece)
+    if crc32c != upload.crc32c:
+        raise _changed(upload, "its CRC32C differs from the one at hash time")
+
+
+def _open(path: str, flags: int) -> int:
+    """Open a file; if too many are open, for another attempt: others will be closed by then."""
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, 0o666)
+    except OSError as exc:
+        if exc.errno in (errno.EMFILE, errno.ENFILE):
+            raise RetryableError(f"{path}: {exc.strerror}") from exc
+        raise
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _changed(upload: FileToSend, how: str) -> DataChangedError:
+    return DataChangedError(
+        f"{upload.path} changed while it was being uploaded ({how}); nothing was published. Retry "
+        "once nothing writes to it."
+    )

@@ -1,0 +1,1 @@
+"""Datasets: publish, look up, read back; what joins `disk` and `cloud`."""

@@ -1,0 +1,137 @@
+"""A directory that appears whole: filled under another name, then renamed into place."""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from keras_remote_airflow.core.errors import InvalidInputError
+
+_log = logging.getLogger(__name__)
+
+
+def partial_name(final: str) -> str:
+    """Return the name of the directory through which `final` is filled.
+
+    A name that nobody else gives a file, and short however long the destination's own is.
+    """
+    name = os.path.basename(final).encode(errors="surrogateescape")
+    return f".keras-remote-{hashlib.sha256(name).hexdigest()[:16]}.partial"
+
+
+@contextmanager
+def locked(directory: str) -> Iterator[None]:
+    """Own an empty directory of mode 0700; remove it at the end unless it was renamed away."""
+    while True:
+        with suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor = os.open(directory, flags)
+        except FileNotFoundError:
+            continue  # another process has just renamed or removed it
+        except NotADirectoryError as exc:
+            raise InvalidInputError(
+                f"{directory}, where the download goes first, is a link or a file: remove it"
+            ) from exc
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.info("Waiting for another process that is filling %s", directory)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _is_at(descriptor, directory):
+                continue  # the other process renamed or removed it
+            for name in os.listdir(directory):
+                _remove(os.path.join(directory, name))
+            try:
+                yield
+            finally:
+                if _is_at(descriptor, directory):
+                    shutil.rmtree(directory)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
+
+
+def rename(source: str, final: str) -> None:
+    try:
+        os.rename(source, final)
+    except OSError as exc:
+        if exc.errno in (errno.EBUSY, errno.EXDEV):
+            raise mount_point(final) from exc
+        raise
+
+
+def mount_point(path: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"destination {path} is a mount point, which cannot be put in place as a whole. Choose a "
+        "directory inside it."
+    )
+
+
+def is_taken(path: str) -> bool:
+    """Whether something other than an empty directory is at `path`."""
+    if not os.path.lexists(path):
+        return False
+    return os.path.islink(path) or not os.path.isdir(path) or bool(os.listdir(path))
+
+
+def check_dest(dest: str) -> str:
+    """Return the absolute path of a destination that can be put in place; raise otherwise."""
+    dest = os.path.abspath(dest)
+    if os.path.lexists(dest) and not os.path.isdir(dest):
+        raise InvalidInputError(
+            f"destination {dest} is not a directory: choose one, or a path that is not there"
+        )
+    if os.path.islink(dest) and not os.listdir(dest):
+        raise InvalidInputError(
+            f"destination {dest} is a link, which cannot be replaced as a whole. Choose a "
+            f"directory inside it, or {os.path.realpath(dest)} itself."
+        )
+    return dest
+
+
+def mode_for(final: str) -> int:
+    """Return the mode of the empty directory that is to be replaced, or that of a new one."""
+    try:
+        return stat.S_IMODE(os.stat(final).st_mode)
+    except FileNotFoundError:
+        mask = os.umask(0o077)
+        os.umask(mask)
+        return 0o777 & ~mask
+
+
+def default_dest(name: str, cache_dir: str | None) -> str:
+    """Return a directory called `name` in `cache_dir`, or in one that is this user's alone."""
+    if cache_dir:
+        return os.path.join(os.path.expanduser(cache_dir), name)
+    base = os.path.join(tempfile.gettempdir(), f"keras-remote-data-{os.getuid()}")
+    with suppress(FileExistsError):
+        os.mkdir(base, 0o700)
+    found = os.lstat(base)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise InvalidInputError(
+            f"{base} is not a directory that only this user can open: remove it, or name a dest"
+        )
+    return os.path.join(base, name)

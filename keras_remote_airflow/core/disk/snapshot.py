@@ -1,0 +1,133 @@
+"""What a file or directory held when it was read, in flat arrays.
+
+A snapshot keeps about 70 bytes a file plus its name: a million files fit into some 150 MB.
+"""
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice
+from typing import NamedTuple
+
+# SHA-256("dir:"): the one dataset that has no objects.
+EMPTY_DIRECTORY_HASH = hashlib.sha256(b"dir:").hexdigest()
+
+
+class FileRecord(NamedTuple):
+    """One file of a snapshot.
+
+    Attributes:
+        path: relative to the snapshot's root, with "/"; a single file's basename.
+        size: bytes.
+        crc32c: of its content.
+        digest: raw SHA-256 of path, a zero byte and content.
+        mtime_ns: modification time when it was opened, nanoseconds since the epoch.
+    """
+
+    path: str
+    size: int
+    crc32c: int
+    digest: bytes
+    mtime_ns: int
+
+
+class Snapshot:
+    """What a file or directory held when it was read; made by `take_snapshot`.
+
+    Attributes:
+        root: absolute local path.
+        is_dir: whether it is a directory.
+        content_hash: 64 hex digits.
+        total_bytes: size of all files.
+    """
+
+    def __init__(self, root: str, is_dir: bool) -> None:
+        self.root = root
+        self.is_dir = is_dir
+        self.content_hash = ""
+        self.total_bytes = 0
+        self._names = bytearray()
+        self._name_ends = array("Q")
+        self._sizes = array("Q")
+        self._crcs = array("I")
+        self._mtimes = array("q")
+        self._digests = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def name(self, index: int) -> bytes:
+        """Return the relative path of file `index` in UTF-8."""
+        start = self._name_ends[index - 1] if index else 0
+        return bytes(self._names[start : self._name_ends[index]])
+
+    def names(self) -> Iterator[bytes]:
+        """Yield every relative path in UTF-8, in the order of the content hash."""
+        start = 0
+        for end in self._name_ends:
+            yield bytes(self._names[start:end])
+            start = end
+
+    def record(self, index: int) -> FileRecord:
+        """Return file `index`, in the order of the content hash."""
+        return FileRecord(
+            self.name(index).decode(),
+            self._sizes[index],
+            self._crcs[index],
+            bytes(self._digests[32 * index : 32 * index + 32]),
+            self._mtimes[index],
+        )
+
+    def records(self) -> Iterator[FileRecord]:
+        """Yield every file in the order of the content hash."""
+        return map(self.record, range(len(self)))
+
+    def local_path(self, relative_path: str) -> str:
+        """Return where the file called `relative_path` is on disk."""
+        return os.path.join(self.root, relative_path) if self.is_dir else self.root
+
+    def _extend(self, names: list[bytes]) -> int:
+        """Make room for files of these relative paths; return the index of the first."""
+        first = len(self._sizes)
+        ends = accumulate(map(len, names), initial=len(self._names))
+        self._name_ends.extend(islice(ends, 1, None))
+        self._names += b"".join(names)
+        for numbers in (self._sizes, self._crcs, self._mtimes):
+            numbers.frombytes(bytes(numbers.itemsize * len(names)))
+        self._digests += bytes(32 * len(names))
+        return first
+
+    def _fill(self, index: int, size: int, mtime_ns: int, digest: bytes, crc32c: int) -> None:
+        """Note what file `index` was found to be, in any thread."""
+        self._sizes[index] = size
+        self._mtimes[index] = mtime_ns
+        self._digests[32 * index : 32 * index + 32] = digest
+        self._crcs[index] = crc32c
+
+    def _fill_all(
+        self,
+        indices: Sequence[int],
+        states: list[os.stat_result],
+        crcs: "array[int]",
+        digests: bytes,
+    ) -> None:
+        """Note what these files, in ascending order, were found to be, in any thread."""
+        if indices and indices[-1] - indices[0] == len(indices) - 1:
+            these = slice(indices[0], indices[-1] + 1)
+            self._sizes[these] = array("Q", [state.st_size for state in states])
+            self._mtimes[these] = array("q", [state.st_mtime_ns for state in states])
+            self._crcs[these] = crcs
+            self._digests[32 * these.start : 32 * these.stop] = digests
+        else:
+            for at, (index, state) in enumerate(zip(indices, states, strict=True)):
+                digest = digests[32 * at : 32 * at + 32]
+                self._fill(index, state.st_size, state.st_mtime_ns, digest, crcs[at])
+
+    def _finish(self) -> None:
+        self.total_bytes = sum(self._sizes)
+        self.content_hash = self.hash_as(self.is_dir)
+
+    def hash_as(self, is_dir: bool) -> str:
+        """Return the content hash that the same files have as a directory, or as a single file."""
+        return hashlib.sha256((b"dir:" if is_dir else b"file:") + self._digests).hexdigest()
