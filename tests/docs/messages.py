@@ -19,6 +19,7 @@ _RAISERS = {name for name in vars(errors) if name.endswith("Error")} | {
     "AirflowFailException",
     "AirflowSensorTimeout",
     "AirflowSkipException",
+    "ImportError",
     "SystemExit",
     "_wrong",
     "warning",

@@ -1,4 +1,4 @@
-"""README.md and docs/*.md, taken apart."""
+"""The pages of the repository, taken apart."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+# README.md comes first.
+PAGES = [
+    *sorted(REPOSITORY.glob("*.md"), key=lambda page: page.name != "README.md"),
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
+]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE_NAME = re.compile(r"# ([\w./-]+\.py)\n")

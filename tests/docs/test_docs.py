@@ -1,6 +1,6 @@
 """What the documentation shows is run, and what it points to is there.
 
-By the language of a fenced block in README.md and docs/*.md:
+By the language of a fenced block in a page:
 
     python   executed, the blocks of a page one after the other as one script. A block that begins
              with a comment naming a file is saved there instead; files under tests/ are run by
@@ -32,7 +32,7 @@ import pytest
 import keras_remote_airflow
 from keras_remote_airflow import Data, make_data_ref, upload_data
 from keras_remote_airflow.core import errors
-from keras_remote_airflow.core.cloud import retry
+from keras_remote_airflow.core.cloud.retry import _REMEDIES as REMEDIES
 from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey, parse_marker
 
 from .messages import read_messages, read_texts
@@ -41,15 +41,18 @@ from .pages import PAGES, REPOSITORY, anchor, read_blocks, read_commands, read_h
 LANGUAGES = {"python", "console", "json", "shell", "text"}
 DOCS = REPOSITORY / "docs"
 TROUBLESHOOTING = DOCS / "troubleshooting.md"
+MKDOCS = REPOSITORY / "mkdocs.yml"
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def _id(page):
+    return str(page.relative_to(REPOSITORY))
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=_id)
 
 
 def _pages_with(wanted):
     return pytest.mark.parametrize(
-        "page",
-        [page for page in PAGES if any(map(wanted, read_blocks(page)))],
-        ids=lambda page: page.name,
+        "page", [page for page in PAGES if any(map(wanted, read_blocks(page)))], ids=_id
     )
 
 
@@ -257,8 +260,24 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_reachable_from_the_readme():
-    linked = set(re.findall(r"\]\((?:docs/)?([\w-]+\.md)", "".join(map(read_prose, PAGES))))
-    assert {page.name for page in PAGES[1:]} <= linked
+    reached, ahead = set(), [PAGES[0]]
+    while ahead:
+        page = ahead.pop()
+        reached.add(page)
+        targets = re.findall(r"\]\(([\w./-]+\.md)", read_prose(page))
+        ahead += {(page.parent / target).resolve() for target in targets} - reached
+    assert set(PAGES) <= reached
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    listed = set(re.findall(r": ([\w./-]+\.md)$", MKDOCS.read_text(encoding="utf-8"), re.M))
+    at_root = {"README.md": "index.md"}
+    for page in PAGES:
+        name = _id(page)
+        site_name = name.removeprefix("docs/")
+        if site_name == name:
+            site_name = at_root.get(name, name.lower())
+        assert site_name in listed
 
 
 def test_every_example_dag_is_linked_from_the_readme():
@@ -371,7 +390,7 @@ def test_every_message_has_a_section():
 def test_every_section_is_about_a_message_that_exists():
     messages = list(read_messages())
     # What refusal() puts together.
-    messages += [f"…: HTTP {status} …" for status in transport._REMEDIES]
+    messages += [f"…: HTTP {status} …" for status in REMEDIES]
     for heading, section in _sections().items():
         assert len(heading.replace("…", "").strip()) >= 6, f"{heading} says too little"
         assert any(re.search(section, message) for message in messages), heading
@@ -388,7 +407,7 @@ def test_what_is_quoted_in_a_list_is_said_by_the_code():
 
 
 def test_every_status_with_a_remedy_has_a_section():
-    assert {f"HTTP {status} …" for status in transport._REMEDIES} <= set(_sections())
+    assert {f"HTTP {status} …" for status in REMEDIES} <= set(_sections())
 
 
 def test_every_error_class_is_explained():
@@ -421,12 +440,45 @@ def _definition(module, name):
     return found
 
 
+def _is_value(node):
+    """Whether it is a class that has fields and no __init__ of its own."""
+    return isinstance(node, ast.ClassDef) and not any(
+        isinstance(n, ast.FunctionDef) and n.name == "__init__" for n in node.body
+    )
+
+
 def _parameters(node):
-    """Return the names of what a function, or a class's __init__, takes."""
+    """Return the names of what a function, or a class's __init__, takes; of a value, its fields."""
+    if _is_value(node):
+        return {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
     if isinstance(node, ast.ClassDef):
         (node,) = (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     return {argument.arg for argument in arguments} - {"self"}
+
+
+def _described(node):
+    """Return the parameters that a docstring describes itself."""
+    heading = "Attributes" if _is_value(node) else "Args"
+    docstring = ast.get_docstring(node)
+    section = re.search(rf"^{heading}:\n((?:    .*\n?|\n)+)", docstring, re.MULTILINE)
+    if section is None:  # one that takes a thing or two may say so in its text
+        return {name for name in _parameters(node) if f"`{name}`" in docstring}
+    names = re.findall(r"^    ([\w, ]+): ", section[1], re.MULTILINE)
+    return {name for line in names for name in line.split(", ")}
+
+
+def _described_elsewhere(node):
+    """Return the parameters of those that a docstring refers to: "... those of `upload_data`"."""
+    text = " ".join(ast.get_docstring(node).split())
+    modules = {name: module for module, name in CALLED}
+    referred = re.findall(r"\b(?:those of|as for|as in|see) `(\w+)`", text)
+    return {
+        parameter
+        for name in referred
+        if name in modules
+        for parameter in _described(_definition(modules[name], name))
+    }
 
 
 AIRFLOWS_OWN = {"python_callable", "op_args", "op_kwargs"}  # what it makes of a decorated function
@@ -443,6 +495,7 @@ CALLED = [
     ("consumers", "materialize_pod_kwargs"),
     ("consumers", "vertex_command_kwargs"),
     ("consumers", "vertex_custom_job_kwargs"),
+    ("triggers", "CacheTrigger"),
 ]
 
 
@@ -456,20 +509,10 @@ def test_every_parameter_is_documented(module, name):
 @pytest.mark.parametrize(("module", "name"), CALLED)
 def test_docstrings_have_every_parameter_and_no_other(module, name):
     node = _definition(module, name)
-    docstring = ast.get_docstring(node)
-    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", docstring, re.MULTILINE)
-    parameters = sorted(
-        _parameters(node) - (AIRFLOWS_OWN if name == "LocalDataOperator" else set())
-    )
-    if section is None:  # one that takes a thing or two may say so in its text
-        assert len(parameters) <= 1
-        assert [p for p in parameters if f"`{p}`" not in docstring] == []
-    else:
-        assert sorted(re.findall(r"^    (\w+): ", section[1], re.MULTILINE)) == parameters
-
-
-def test_the_readme_is_one_page():
-    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+    parameters = _parameters(node) - (AIRFLOWS_OWN if name == "LocalDataOperator" else set())
+    described = _described(node)
+    assert described <= parameters
+    assert parameters <= described | _described_elsewhere(node)
 
 
 def test_pages_show_the_figures_of_the_last_benchmark():
