@@ -2,10 +2,10 @@
 
     write_digits >> upload >> wait >> train >> report
 
-Trigger it twice: the second run finds the same bytes under the same content hash, uploads nothing
-and trains on what is there. Change one image and run it again: new hash, new upload.
+Trigger it twice: the second run finds the same bytes under the same content hash, and uploads
+nothing. Change one image and trigger it again: the hash changes, and the data is uploaded.
 
-Where things are comes from the run's params or, where a param is empty, from Airflow variables:
+The run's params say where things are. If a param is empty, an Airflow variable says it:
 
     bucket      keras_remote_bucket      the Cloud Storage bucket; no default
     namespace   keras_remote_namespace   the folder inside it; default: "default"
@@ -39,8 +39,8 @@ DEFAULT_DATA_DIR = Path(__file__).resolve().parent.parent / "data"
 def write_digits(data_dir: str) -> str:
     """Write scikit-learn's digits as PNG files into one folder per class, unless they are there."""
     folder = Path(data_dir or DEFAULT_DATA_DIR) / "digits"
-    # Beside the images, not among them: what lies in the folder is uploaded. It is written last, so
-    # a run that died half-way is not taken for a whole dataset by the next one.
+    # It lies outside the folder, because everything in the folder is uploaded. It is written last:
+    # a run that was killed leaves no such file, and the next run writes all images again.
     complete = folder.with_name("digits.complete")
     if complete.exists():
         print(f"{folder} is already there")
@@ -54,8 +54,8 @@ def write_digits(data_dir: str) -> str:
     for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = folder / str(label) / f"{number:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Grey values are 0 to 16. Uncompressed, so that the bytes, and with them the content hash,
-        # are the same whichever zlib Pillow was built with.
+        # Grey values are 0 to 16. Without compression the bytes, and so the content hash, don't
+        # depend on the zlib that Pillow was built with.
         Image.fromarray((image * 255 / 16).astype(np.uint8)).save(path, compress_level=0)
     complete.touch()
     print(f"wrote {len(digits.images)} images to {folder}")
@@ -64,7 +64,7 @@ def write_digits(data_dir: str) -> str:
 
 @task
 def train(ref: dict) -> dict:
-    """Train on the very bytes the reference names; return what a reader of the model must know."""
+    """Train on the bytes that the ref names; return the figures for the report."""
     import os
 
     os.environ["KERAS_BACKEND"] = "jax"  # read once, when keras is imported
@@ -97,18 +97,18 @@ def train(ref: dict) -> dict:
         "accuracy": round(float(accuracy), 4),
         "trained_on": len(rest),
         "held_out": len(held_out),
-        # Computed from the files that were opened here, not taken over from the reference.
+        # Computed from the files that were opened here, not copied from the ref.
         "content_hash": Data(folder).content_hash(),
     }
 
 
 @task
 def report(ref: dict, upload: dict, training: dict, data_dir: str, report_dir: str) -> str:
-    """Write one page that says what was trained, on which bytes, and what it cost to get them."""
+    """Write one page: the accuracy, the content hash, and how much data was uploaded."""
     run_id = get_current_context()["run_id"]
     folder = Path(report_dir or Path(data_dir or DEFAULT_DATA_DIR) / "reports")
     folder.mkdir(parents=True, exist_ok=True)
-    # Run ids hold characters such as ":" and "+" that not every file system takes.
+    # Run ids contain characters such as ":" and "+", which some file systems refuse.
     page = folder / f"train_digits-{re.sub('[^A-Za-z0-9_.-]', '_', run_id)}.md"
     rows = {
         "accuracy": training["accuracy"],

@@ -1,12 +1,12 @@
-"""Train when the data changed, and only then: two DAGs that know each other through an asset alias.
+"""Train only when the data changed: two DAGs, connected by an asset alias.
 
     upload_when_changed   upload        every hour; new data adds an event to the alias "digits"
     train_when_changed    train         whenever the alias has an event
 
-The first one looks at the folder every hour. Unchanged data is a cache hit, adds no event, and
-costs a read of the folder and two requests. The second one never asks what time it is.
+The first one uploads the folder every hour. If the data hasn't changed, that is a cache hit: it
+costs a read of the folder and two requests, and adds no event. Only events start the second one.
 
-Where things are comes from Airflow variables:
+Airflow variables say where things are:
 
     keras_remote_bucket      the Cloud Storage bucket; no default
     keras_remote_namespace   the folder inside it; default: "default"
@@ -55,9 +55,9 @@ def upload_when_changed():
 
 @task
 def train() -> dict:
-    """Train the humblest of models: the share of each class, which is what a blind guesser needs.
+    """Train a minimal model, the share of each class.
 
-    `train_digits` shows a real one. What matters here is where the data comes from.
+    `train_digits` trains a real one. This example is about where the data comes from.
     """
     ref = ref_from_triggering_event(get_current_context())
     folder = Path(materialize(ref))
@@ -67,7 +67,7 @@ def train() -> dict:
     return {
         "model": model,
         "images": images.total(),
-        # Computed from the files that were opened here, not taken over from the event.
+        # Computed from the files that were opened here, not copied from the event.
         "content_hash": Data(str(folder)).content_hash(),
     }
 

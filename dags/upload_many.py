@@ -2,12 +2,12 @@
 
     make_splits >> upload[0], upload[1], upload[2] >> wait[…] >> describe >> remove_splits
 
-The setup task writes the splits into a scratch folder; the teardown task removes the folder,
-whatever became of the uploads. The splits stay on Cloud Storage: a second run finds all three.
+The setup task writes the splits into a scratch folder. The teardown task removes the folder, even
+if uploads failed. The datasets stay on Cloud Storage, and a second run finds all three.
 
 Params that are left empty come from the Airflow variables keras_remote_bucket (which has no
-default) and keras_remote_namespace ("default"). The scratch folder is on the worker: with several
-workers, set keras_remote_data_dir to a folder that they share.
+default) and keras_remote_namespace ("default"). The scratch folder is on the worker. If there are
+several workers, set keras_remote_data_dir to a folder that they share.
 """
 
 import shutil
@@ -28,7 +28,7 @@ SPLITS = {"train": range(80), "validation": range(80, 90), "test": range(90, 100
 
 @setup
 def make_splits(data_dir: str) -> list:
-    """Write one folder of numbers and their squares per split; return the folders."""
+    """Write a folder of numbers and their squares for each split; return the folders."""
     scratch = Path(mkdtemp(prefix="splits-", dir=data_dir or None))
     for split, numbers in SPLITS.items():
         (scratch / split).mkdir()
@@ -39,7 +39,7 @@ def make_splits(data_dir: str) -> list:
 
 @task
 def describe(folders: list, refs: list) -> dict:
-    """Say which split became what; the refs come in the order of the folders."""
+    """Return the URI of each split. The refs are in the order of the folders."""
     found = {Path(folder).name: ref["gcs_uri"] for folder, ref in zip(folders, refs, strict=True)}
     print(found)
     return found
@@ -76,7 +76,7 @@ def upload_many():
         poke_interval=10,
         timeout=600,
     ).expand(data_ref=upload.output)
-    # The setup's own output makes the teardown its partner: the scope of the folder is in between.
+    # The setup's own output, as the teardown's argument, pairs the two; the uploads are in between.
     describe(folders, wait.output) >> remove_splits(folders)
 
 

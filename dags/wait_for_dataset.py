@@ -1,6 +1,6 @@
-"""Another team's DAG: it knows nothing but a content hash, and starts once those bytes are there.
+"""Another team's DAG: it knows only a content hash, and waits until that dataset is published.
 
-Trigger it with the hash that a `train_digits` report names. While the dataset is missing the sensor
+Trigger it with the hash in a report of `train_digits`. While the dataset is absent, the sensor
 waits in the triggerer and holds no worker slot.
 
 Params that are left empty come from the Airflow variables keras_remote_bucket (which has no
@@ -21,7 +21,7 @@ from keras_remote_airflow import CacheSensor, materialize
 
 @task
 def describe(ref: dict) -> dict:
-    """Fetch the dataset, verified against its hash, and say what is in it."""
+    """Download and verify the dataset, and return what is in it."""
     path = Path(materialize(ref))
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     found = {
@@ -42,7 +42,7 @@ def describe(ref: dict) -> dict:
         "content_hash": Param(
             type="string",
             pattern="^[0-9a-f]{64}$",
-            description="64 hex digits, as a train_digits report names them",
+            description="64 hex digits, as in a report of train_digits",
         ),
         "bucket": Param("", type="string", description="empty: variable keras_remote_bucket"),
         "namespace": Param("", type="string", description="empty: variable keras_remote_namespace"),
