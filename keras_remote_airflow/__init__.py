@@ -1,7 +1,9 @@
 """Upload training data to Cloud Storage once, under the hash of its content.
 
-Names are resolved on first use (PEP 562), so importing the package loads neither Airflow nor
-google.cloud: a DAG file pays for what it uses, and a training container needs no Airflow.
+Each name is imported on first use (PEP 562). Importing the package therefore loads neither Airflow
+nor google.cloud: a DAG file pays only for what it uses, and a training container needs no Airflow.
+
+The errors are in `keras_remote_airflow.core.errors`.
 """
 
 from importlib import import_module
@@ -11,36 +13,49 @@ from keras_remote_airflow.core import __version__
 
 if TYPE_CHECKING:
     from keras_remote_airflow.assets import ref_from_triggering_event
-    from keras_remote_airflow.core.datasets.upload import upload_data
-    from keras_remote_airflow.core.data import Data
-    from keras_remote_airflow.core.datasets.materialize import materialize
     from keras_remote_airflow.core.cloud.bucket import get_default_project
+    from keras_remote_airflow.core.cloud.retry import RetryPolicy
+    from keras_remote_airflow.core.data import Data
+    from keras_remote_airflow.core.datasets.lookup import CacheEntry, find
+    from keras_remote_airflow.core.datasets.materialize import materialize
+    from keras_remote_airflow.core.datasets.upload import UploadResult, upload, upload_data
     from keras_remote_airflow.core.refs import is_data_ref, make_data_ref
     from keras_remote_airflow.operators import DataUploadOperator
     from keras_remote_airflow.sensors import CacheSensor
 
 __all__ = [
+    "CacheEntry",
     "CacheSensor",
     "Data",
     "DataUploadOperator",
+    "RetryPolicy",
+    "UploadResult",
+    "__version__",
+    "find",
     "get_default_project",
     "is_data_ref",
     "make_data_ref",
     "materialize",
     "ref_from_triggering_event",
+    "upload",
     "upload_data",
-    "__version__",
 ]
 
+# The modules that the names above come from; a test compares the two lists.
 _HOME = {
+    "CacheEntry": "core.datasets.lookup",
     "CacheSensor": "sensors",
     "Data": "core.data",
     "DataUploadOperator": "operators",
+    "RetryPolicy": "core.cloud.retry",
+    "UploadResult": "core.datasets.upload",
+    "find": "core.datasets.lookup",
     "get_default_project": "core.cloud.bucket",
     "is_data_ref": "core.refs",
     "make_data_ref": "core.refs",
     "materialize": "core.datasets.materialize",
     "ref_from_triggering_event": "assets",
+    "upload": "core.datasets.upload",
     "upload_data": "core.datasets.upload",
 }
 

@@ -74,9 +74,9 @@ class Data:
         """Read the data and return its content hash: 64 hex digits, see `core.disk.hashing`.
 
         Args:
-            hash_index: local file that remembers the hashes of unchanged files, see `core.disk.index`;
-                it is read and written. None takes the environment's `KERAS_REMOTE_HASH_INDEX`, or
-                reads every file.
+            hash_index: local file that remembers the hashes of unchanged files, see
+                `core.disk.index`; it is read and written. None takes the environment's
+                `KERAS_REMOTE_HASH_INDEX`, or reads every file.
 
         Raises:
             ValueError: the data is on Cloud Storage already, or holds something that is no

@@ -1,8 +1,8 @@
-"""What can go wrong, one class for each thing a caller would do differently.
+"""The errors that this package raises: one class for each failure that callers handle differently.
 
-`InvalidInputError`, `ConflictError` and `MarkerError` stay true however often one retries; the
-Airflow layer fails the task at once for them (`PERMANENT_ERRORS`) and leaves the others to the
-task's own retries.
+Retrying does not mend an `InvalidInputError`, a `ConflictError` or a `MarkerError`: for these
+(`PERMANENT_ERRORS`) the Airflow layer fails the task at once. It leaves the others to the task's
+own retries.
 """
 
 
@@ -27,7 +27,7 @@ class ConflictError(KerasRemoteError):
 
 
 class MarkerError(KerasRemoteError):
-    """A marker that this version cannot read; it is never guessed at."""
+    """A marker that this version cannot read; nothing is concluded from it."""
 
 
 class IntegrityError(KerasRemoteError):

@@ -1,13 +1,13 @@
-"""Every object name of the cache, and the format of its marker.
+"""The names of all objects in a cache, and the format of its markers.
 
-One dataset with content hash `H` in namespace `ns` occupies:
+The objects of a dataset with content hash `H` in namespace `ns`:
 
     {ns}/data-cache/{H}/{relative path}     its files; a single file under its basename
     {ns}/data-cache/{H}/.cache_marker       the marker, layout "keras_remote"
     {ns}/data-markers/{H}                   the marker, layout "kinetic"
 
 The marker is written last: its presence says that every byte is there. Its body is empty (as
-other clients write it) or one JSON object, a receipt of at most `MAX_MARKER_BYTES`:
+other clients write it) or one JSON object, the receipt, of at most `MAX_MARKER_BYTES`:
 
     {"format_version": 1, "content_hash": "<64 hex digits>", "is_dir": true, "files": 3,
      "bytes": 1024, "created_at": "2026-01-31T12:00:00Z",
@@ -32,8 +32,8 @@ MAX_MARKER_BYTES = 64 * 1024
 # https://cloud.google.com/storage/docs/objects#naming: "1-1024 bytes when UTF-8 encoded".
 MAX_OBJECT_NAME_BYTES = 1024
 
-# The one name that no dataset may hold at its top: both layouts keep data under one prefix, so a
-# reader could not tell a file of that name from a marker.
+# No dataset may hold a file of this name at its top, in either layout: both keep their data under
+# the same prefix, where readers would take the file for a marker.
 RESERVED_NAME = ".cache_marker"
 
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -49,7 +49,7 @@ _UNSAFE_PATH = re.compile(rb"(?:^|/)\.{0,2}(?:/|$)|^[A-Za-z]:(?:[/\\]|$)|[\0\r\n
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a generation of clients keeps its marker.
+    """The place where a generation of clients keeps its markers.
 
     Attributes:
         name: the value of the `layout` parameter everywhere.
@@ -77,9 +77,9 @@ def get_layout(name: str) -> Layout:
 
 @dataclass(frozen=True)
 class CacheKey:
-    """One dataset's place: bucket, namespace, content hash and layout, all valid.
+    """The place of one dataset: bucket, namespace, content hash and layout, all valid.
 
-    Raises InvalidInputError when any of them is not.
+    Raises InvalidInputError for one that is not.
     """
 
     bucket: str
@@ -110,9 +110,11 @@ class CacheKey:
 
     @property
     def marker_name(self) -> str:
+        """Name of the marker."""
         return self.layout.marker.format(namespace=self.namespace, content_hash=self.content_hash)
 
     def object_name(self, relative_path: str) -> str:
+        """Return the name of the object that holds a file."""
         return self.prefix + relative_path
 
 
@@ -165,8 +167,8 @@ def check_namespace(namespace: str) -> str:
 def check_relative_path(path: bytes, prefix: str) -> None:
     """Raise InvalidInputError unless `path` (UTF-8) can be an object below `prefix` and a file.
 
-    The same rules when publishing and when reading back: what can be published can be read, and
-    no object name leads out of the directory it is read into.
+    The rules are the same when publishing and when reading back. So what can be published can be
+    read, and no object name leads out of the directory it is read into.
     """
     if _UNSAFE_PATH.search(path):
         raise InvalidInputError(
@@ -211,7 +213,7 @@ def check_content_hash(content_hash: str) -> str:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a marker says of its dataset.
+    """What a marker tells about its dataset.
 
     Attributes:
         content_hash: 64 hex digits.
@@ -231,10 +233,12 @@ class Receipt:
 
     @classmethod
     def now(cls, content_hash: str, *, is_dir: bool, files: int, total_bytes: int) -> "Receipt":
+        """Return the receipt of a dataset that is published now, by this version."""
         created_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return cls(content_hash, is_dir, files, total_bytes, created_at)
 
     def to_json(self) -> bytes:
+        """Return the body of the marker."""
         fields = asdict(self)
         fields["bytes"] = fields.pop("total_bytes")
         return json.dumps({"format_version": FORMAT_VERSION, **fields}).encode()

@@ -1,6 +1,7 @@
-"""Serializable references to data on Cloud Storage.
+"""References to data on Cloud Storage.
 
-A ref is a plain dict, so that it survives XCom, JSON and templates on every Airflow version:
+Between tasks a ref is a plain dict, so that it survives XCom, JSON and templates on every Airflow
+version:
 
     {"__data_ref__": True, "gcs_uri": "gs://…", "is_dir": bool, "mount_path": str | None}
 
@@ -9,11 +10,13 @@ Refs of layout "kinetic" also carry what keras-kinetic's runner reads (its 0.0.4
     {"uri": <the same URI>, "fuse": False, "hf_trust_remote_code": False}
 
 and refs that have only `uri`, as kinetic itself makes them, are understood.
+
+Inside this package a ref is a `DataRef`, which `parse_data_ref` makes of a dict or a text.
 """
 
 import ast
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from keras_remote_airflow.core.errors import InvalidInputError
@@ -30,9 +33,9 @@ from keras_remote_airflow.core.layout import (
 REF_VARIABLE = "KERAS_REMOTE_DATA_REF"
 
 _FLAG = "__data_ref__"
-# A ref's two free strings are an object name (1,024 bytes) and a path (4,096 on Linux); the bound
-# keeps the parsers away from hostile text.
-_MAX_TEXT = 64 * 1024
+# The longest ref has an object name (1,024 bytes) and a path (4,096 bytes on Linux). Hostile text
+# above this length never reaches the parsers.
+_MAX_CHARACTERS = 64 * 1024
 
 
 def make_data_ref(gcs_uri: str, is_dir: bool, mount_path: str | None = None) -> dict[str, Any]:
@@ -57,27 +60,40 @@ class DataRef:
 
     Attributes:
         gcs_uri: `gs://` URI of the data, as the dict held it.
-        is_dir: whether it is a directory.
-        mount_path: where a training job should see it, or None.
+        is_dir: whether the data is a directory.
+        mount_path: where a training job should see the data, or None.
         layout: the generation of the dict it came from, and of the dict it becomes.
+        bucket: the bucket in `gcs_uri`.
+        object_name: what follows the bucket in `gcs_uri`: the name of an object, or a prefix.
+
+    Raises:
+        InvalidInputError: `gcs_uri` is not the URI of something on Cloud Storage.
     """
 
     gcs_uri: str
     is_dir: bool
     mount_path: str | None = None
     layout: Layout = KERAS_REMOTE
+    bucket: str = field(init=False, repr=False, compare=False)
+    object_name: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        bucket, name = split_gcs_uri(self.gcs_uri)
+        object.__setattr__(self, "bucket", bucket)  # the way to set a field of a frozen dataclass
+        object.__setattr__(self, "object_name", name)
 
     @property
     def cache_key(self) -> CacheKey | None:
-        """The cache entry it names, or None for data outside a cache."""
+        """The cache entry that the data is, or None for data outside a cache."""
         return cache_key_from_uri(self.gcs_uri, self.layout)
 
     @property
     def is_prefix(self) -> bool:
-        """Whether `gcs_uri` names a prefix: a directory, and cached data even if it is one file."""
+        """Whether `gcs_uri` is a prefix: that of a directory, or of a single file in a cache."""
         return self.is_dir or self.cache_key is not None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the serializable reference."""
         ref = make_data_ref(self.gcs_uri, self.is_dir, self.mount_path)
         if self.layout is KINETIC:
             ref |= {"uri": self.gcs_uri, "fuse": False, "hf_trust_remote_code": False}
@@ -88,12 +104,15 @@ def parse_data_ref(value: object) -> DataRef:
     """Return the reference that `value` spells.
 
     Args:
-        value: the dict, its JSON, or its Python repr (what a template renders). Nothing is
-            evaluated: text goes through `json.loads`, then `ast.literal_eval`.
+        value: the dict, its JSON, or its Python repr (what a template renders); a `DataRef` is
+            returned as it is. Nothing is evaluated: text goes through `json.loads`, then
+            `ast.literal_eval`.
 
     Raises:
-        InvalidInputError: it is not a reference, or one with missing or wrong fields.
+        InvalidInputError: `value` is not a reference, or a field is missing or wrong.
     """
+    if isinstance(value, DataRef):
+        return value
     fields = _parse_text(value) if isinstance(value, str) else value
     if not isinstance(fields, dict) or not is_data_ref(fields):
         hint = ""
@@ -117,14 +136,13 @@ def parse_data_ref(value: object) -> DataRef:
         raise InvalidInputError(
             f"data ref whose mount_path is neither a string nor null: found {_shorten(value)}"
         )
-    split_gcs_uri(gcs_uri)
     return DataRef(gcs_uri, is_dir, mount_path, KINETIC if "uri" in fields else KERAS_REMOTE)
 
 
 def _parse_text(text: str) -> object:
-    if len(text) > _MAX_TEXT:
+    if len(text) > _MAX_CHARACTERS:
         raise InvalidInputError(
-            f"not a data ref: text of {len(text)} characters, expected at most {_MAX_TEXT}"
+            f"not a data ref: text of {len(text)} characters, expected at most {_MAX_CHARACTERS}"
         )
     for parse in (json.loads, ast.literal_eval):
         try:

@@ -210,7 +210,7 @@ def test_the_dry_run_of_a_task_says_what_would_be_sent(airflow_home, gcs_server,
     )
     assert done.returncode == 0, done.stderr
     content_hash = Data(str(dataset)).content_hash()
-    said = rf"would upload 2 of 2 files \(2 B of 2 B\).*data-cache/{content_hash}"
+    said = rf"Would upload 2 of 2 files \(2 B of 2 B\).*data-cache/{content_hash}"
     assert re.search(said, done.stdout + done.stderr), done
     assert gcs_server.objects("test-bucket") == {}
 

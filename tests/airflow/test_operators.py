@@ -142,12 +142,12 @@ def test_an_unknown_on_cache_hit_fails_when_the_dag_is_parsed():
 def test_dry_run_says_what_would_be_uploaded_and_writes_nothing(gcs_server, dataset, caplog):
     caplog.set_level(logging.INFO)
     upload(dataset).dry_run()
-    assert "would upload 2 of 2 files (2 B of 2 B)" in caplog.text
+    assert "Would upload 2 of 2 files (2 B of 2 B)" in caplog.text
     assert f"data-cache/{GOLDEN}\n" in caplog.text
     assert gcs_server.objects("test-bucket") == {}
     upload_data("test-bucket", str(dataset))
     upload(dataset).dry_run()
-    assert "would upload 0 of 2 files" in caplog.text
+    assert "Would upload 0 of 2 files" in caplog.text
 
 
 def test_verify_full_sees_what_is_missing_beyond_the_first_page(execute, gcs_server, tmp_path):

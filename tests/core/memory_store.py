@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 
 import google_crc32c
 
+from keras_remote_airflow.core.cloud.store import FileToSend, ObjectInfo, ObjectToFetch, Page
 from keras_remote_airflow.core.errors import ConflictError, DataChangedError, IntegrityError
-from keras_remote_airflow.core.cloud.store import ObjectToFetch, ObjectInfo, Page, FileToSend
 
 
 class MemoryStore:

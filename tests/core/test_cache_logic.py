@@ -6,9 +6,9 @@ import pytest
 
 from keras_remote_airflow.core.datasets.lookup import CacheEntry, lookup
 from keras_remote_airflow.core.datasets.upload import publish
-from keras_remote_airflow.core.errors import ConflictError, MarkerError
 from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.core.disk.snapshot import Snapshot
+from keras_remote_airflow.core.errors import ConflictError, MarkerError
 from keras_remote_airflow.core.layout import KERAS_REMOTE, KINETIC, CacheKey
 from keras_remote_airflow.core.progress import Progress
 

@@ -38,7 +38,7 @@ def test_dry_run_of_published_data_is_a_hit(tree, bucket, caplog):
     caplog.set_level("INFO")
     result = upload(bucket.name, path, dry_run=True)
     assert (result.cache_hit, result.uploaded_files) == (True, 0)
-    assert "would upload 0" in caplog.text
+    assert "Would upload 0" in caplog.text
 
 
 def test_a_hit_says_when_the_data_was_published(tree, bucket):

@@ -1,9 +1,15 @@
 """Importing the package is cheap, and core needs no Airflow."""
 
+import ast
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+
+import keras_remote_airflow
 
 
 def run(script: str, *args: str) -> str:
@@ -27,7 +33,36 @@ print(len(set(sys.modules) - before - loaded))
     assert run(script).split("\n")[:2] == ["[]", "0"]
 
 
-@pytest.mark.parametrize("name", ["Data", "make_data_ref", "materialize", "upload_data"])
+def imported_for_type_checkers() -> dict[str, str]:
+    """Return name to module of what the package imports where only type checkers look."""
+    source = Path(keras_remote_airflow.__file__).read_text(encoding="utf-8")
+    (block,) = (
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    return {
+        alias.name: str(node.module)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+def test_every_public_name_is_what_type_checkers_take_it_for():
+    homes = imported_for_type_checkers()
+    assert {*homes, "__version__"} == set(keras_remote_airflow.__all__)
+    for name, home in homes.items():
+        if ".core." in home or find_spec("airflow"):
+            assert getattr(keras_remote_airflow, name) is getattr(import_module(home), name), name
+
+
+def test_public_names_are_listed_in_order():
+    names = keras_remote_airflow.__all__
+    assert sorted(names) == names
+
+
+@pytest.mark.parametrize("name", ["Data", "find", "make_data_ref", "materialize", "upload_data"])
 def test_importing_a_name_does_not_load_what_talks_to_cloud_storage(name):
     script = f"""
 import sys
@@ -39,8 +74,6 @@ print([module for module in heavy if module in sys.modules])
 
 
 def test_unknown_name_is_an_attribute_error():
-    import keras_remote_airflow
-
     with pytest.raises(AttributeError, match="no_such_name"):
         keras_remote_airflow.no_such_name  # noqa: B018 - looking it up is the point
 
@@ -56,8 +89,7 @@ class NoAirflow:
             raise ImportError(f"{name} was imported")
 
 sys.meta_path.insert(0, NoAirflow())
-from keras_remote_airflow import Data, upload_data, make_data_ref, materialize, is_data_ref
-from keras_remote_airflow.core.datasets.lookup import find
+from keras_remote_airflow import Data, find, is_data_ref, make_data_ref, materialize, upload_data
 
 bucket, path, dest = sys.argv[1:]
 for layout in ("keras_remote", "kinetic"):

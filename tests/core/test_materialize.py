@@ -9,13 +9,15 @@ import tracemalloc
 import pytest
 
 from keras_remote_airflow import make_data_ref, materialize
-from keras_remote_airflow.core.datasets.upload import upload
-from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, StoreError
-from keras_remote_airflow.core.disk.hashing import take_snapshot
-from keras_remote_airflow.core.layout import CacheKey, get_layout
-from keras_remote_airflow.core.datasets.materialize import _RefData
-from keras_remote_airflow.core.disk.destination import partial_name
+from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.cloud.store import Page, list_objects
+from keras_remote_airflow.core.datasets.materialize import download
+from keras_remote_airflow.core.datasets.remote import RemoteData
+from keras_remote_airflow.core.datasets.upload import upload
+from keras_remote_airflow.core.disk.destination import partial_name
+from keras_remote_airflow.core.disk.hashing import take_snapshot
+from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, StoreError
+from keras_remote_airflow.core.layout import CacheKey, get_layout
 from keras_remote_airflow.core.refs import DataRef
 
 from .conftest import on_disk, writes
@@ -195,6 +197,18 @@ def test_unreadable_marker_does_not_hide_what_is_wrong(directory, tmp_path, gcs_
     (dest / "mine").touch()
     with pytest.raises(InvalidInputError, match="mine has no object"):
         materialize(directory, str(dest))
+
+
+def test_unreadable_marker_does_not_keep_the_data_from_being_downloaded(
+    tree, gcs_bucket, gcs_server, tmp_path
+):
+    uri = upload(gcs_bucket, tree(dict.fromkeys("abcde", "1234"))).gcs_uri
+    gcs_server.put(gcs_bucket, f"{uri.removeprefix(f'gs://{gcs_bucket}/')}/.cache_marker", b"{")
+    assert materialize(make_data_ref(uri, True), str(tmp_path / "whole"))
+    (tmp_path / "folder").mkdir()
+    with open_bucket(gcs_bucket) as store:  # more than a batch: the marker is asked for the total
+        download(RemoteData(store, DataRef(uri, True)), str(tmp_path / "folder"), batch_objects=2)
+    assert on_disk(tmp_path / "folder") == on_disk(tmp_path / "whole")
 
 
 def test_file_joins_what_else_is_in_the_destination(single, tmp_path):
@@ -484,7 +498,7 @@ def stored_as(snapshot, digests):
             content = local.read()
         digest = digests.get(file.path, file.digest.hex())
         store.replace(key.object_name(file.path), content, digest)
-    return _RefData(store, DataRef(key.gcs_uri, True), key)
+    return RemoteData(store, DataRef(key.gcs_uri, True))
 
 
 @pytest.mark.parametrize(
@@ -528,7 +542,7 @@ def test_finding_what_is_wrong_takes_little_memory_however_many_objects_there_ar
     many = 3000
     snapshot = take_snapshot(str(tree({f"{number:04}": "x" for number in range(many)})))
     stored = stored_as(snapshot, {})
-    source = _RefData(Listing(stored.store), stored.ref, stored.key)
+    source = RemoteData(Listing(stored.store), stored.ref)
     tracemalloc.start()
     problem = source.problem(snapshot)
     peak = tracemalloc.get_traced_memory()[1]

@@ -14,10 +14,14 @@ import pytest
 
 from keras_remote_airflow import make_data_ref, materialize
 from keras_remote_airflow.core import progress as module
+from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.datasets.materialize import download
+from keras_remote_airflow.core.datasets.remote import RemoteData
 from keras_remote_airflow.core.datasets.upload import publish, upload
 from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey
 from keras_remote_airflow.core.progress import Progress
+from keras_remote_airflow.core.refs import DataRef
 
 from .memory_store import MemoryStore
 
@@ -182,22 +186,14 @@ def test_hashing_has_a_total_of_one_file_and_of_what_was_downloaded(
 
 
 def test_download_of_more_than_one_batch_has_the_totals_of_the_receipt(
-    tree, gcs_bucket, told, tmp_path, monkeypatch
+    tree, gcs_bucket, told, tmp_path
 ):
-    monkeypatch.setattr("keras_remote_airflow.core.datasets.materialize._BATCH", 2)
-    result = upload(gcs_bucket, tree(dict.fromkeys("abcde", "1234")))
-    materialize(make_data_ref(result.gcs_uri, True), str(tmp_path / "copy"))
+    uri = upload(gcs_bucket, tree(dict.fromkeys("abcde", "1234"))).gcs_uri
+    (tmp_path / "copy").mkdir()
+    with open_bucket(gcs_bucket) as store:
+        download(RemoteData(store, DataRef(uri, True)), str(tmp_path / "copy"), batch_objects=2)
     steps = amounts(told(), "Downloading")
     assert steps == [f"{size} B of 20 B" for size in (4, 8, 12, 16, 20)]
-
-
-def test_unreadable_marker_does_not_keep_anybody_from_the_data(
-    tree, gcs_bucket, gcs_server, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("keras_remote_airflow.core.datasets.materialize._BATCH", 2)
-    uri = upload(gcs_bucket, tree(dict.fromkeys("abcde", "1234"))).gcs_uri
-    gcs_server.put(gcs_bucket, f"{uri.removeprefix(f'gs://{gcs_bucket}/')}/.cache_marker", b"{")
-    assert materialize(make_data_ref(uri, True), str(tmp_path / "copy"))
 
 
 AT_A_TERMINAL = """

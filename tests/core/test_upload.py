@@ -8,10 +8,15 @@ import time
 import pytest
 
 from keras_remote_airflow import Data, upload_data
-from keras_remote_airflow.core.datasets import lookup, upload
-from keras_remote_airflow.core.datasets.upload import UploadResult, upload
-from keras_remote_airflow.core.errors import InvalidInputError, MarkerError
 from keras_remote_airflow.core.cloud.gcs import DIGEST_KEY
+from keras_remote_airflow.core.datasets.upload import (
+    LARGE_BYTES,
+    UploadResult,
+    upload,
+    warn_of_odd_data,
+)
+from keras_remote_airflow.core.disk.hashing import take_snapshot
+from keras_remote_airflow.core.errors import InvalidInputError, MarkerError
 from keras_remote_airflow.testing import Fault
 
 from . import reference
@@ -218,31 +223,29 @@ def test_unreadable_marker_stops_the_upload(tree, gcs_server, gcs_bucket):
     assert writes(gcs_server) == []
 
 
-def test_large_data_draws_a_warning_once_it_has_to_travel(tree, gcs_bucket, monkeypatch, caplog):
-    # The real bound takes 10 GiB of hashing: lower it, and check that it was that.
-    assert cache._LARGE == 10 * 1024**3
-    monkeypatch.setattr(cache, "_LARGE", 1)
-    root = tree(FILES)
-    with caplog.at_level(logging.WARNING):
-        upload(gcs_bucket, str(root))
-        [record] = caplog.records
-        assert str(root) in record.getMessage()
-        assert "gs://" in record.getMessage()
-        upload(gcs_bucket, str(root))
-    assert len(caplog.records) == 1
+def test_data_of_more_than_ten_gibibytes_draws_a_warning(tree, caplog):
+    snapshot = take_snapshot(str(tree(FILES)))
+    warn_of_odd_data(snapshot)
+    assert caplog.records == []
+    snapshot.total_bytes = LARGE_BYTES + 1  # as if; 10 GiB would take a while to hash
+    warn_of_odd_data(snapshot)
+    [record] = caplog.records
+    assert snapshot.root in record.getMessage()
+    assert "10.7 GB" in record.getMessage()
 
 
 def test_one_line_of_log_for_one_outcome(tree, gcs_bucket, caplog):
     path = str(tree(FILES))
-    for words in (
-        "Cache miss, uploaded 2 of 2 files (2 B of 2 B) in ",
-        "Cache hit, uploaded 0 of 2 files (0 B of 2 B) in ",
+    for fact, outcome in (
+        ("Uploaded 2 of 2 files (2 B of 2 B)", "cache miss"),
+        ("Uploaded 0 of 2 files (0 B of 2 B)", "cache hit"),
     ):
         caplog.clear()
         with caplog.at_level(logging.INFO, "keras_remote_airflow"):
             uri = upload_data(gcs_bucket, path)
-        [line] = [text for text in caplog.messages if text.startswith(words)]
-        assert line.endswith(uri)
+        [line] = [text for text in caplog.messages if text.startswith(fact)]
+        assert outcome in line
+        assert line.endswith(f": {uri}")
 
 
 @pytest.mark.parametrize("option", [{"verify": "none"}, {"layout": "g0"}])
@@ -258,3 +261,6 @@ def test_directory_without_files_is_published_with_a_warning(linked, tmp_path, g
         (tmp_path / "elsewhere").symlink_to("/usr", target_is_directory=True)
     upload(gcs_bucket, tmp_path)
     assert f"{tmp_path} holds no files" in caplog.text
+    caplog.clear()
+    upload(gcs_bucket, tmp_path)  # a hit
+    assert "holds no files" not in caplog.text

@@ -30,7 +30,11 @@ def resolve_project(*candidates: str | None) -> str | None:
 
 @contextmanager
 def open_bucket(
-    bucket: str, client: Any = None, project: str | None = None, retry: "RetryPolicy | None" = None
+    bucket: str,
+    client: Any = None,
+    project: str | None = None,
+    retry: "RetryPolicy | None" = None,
+    user_project: str | None = None,
 ) -> Iterator[ObjectStore]:
     """Open a bucket on Cloud Storage, and close its connections afterwards.
 
@@ -40,6 +44,8 @@ def open_bucket(
             from the environment (application default credentials, `STORAGE_EMULATOR_HOST`).
         project: project id for a client made here; None takes the environment's.
         retry: when to retry; None takes the defaults.
+        user_project: id of the project that is billed for the requests, for buckets of which the
+            requester pays; None leaves that to the bucket's owner.
     """
     from keras_remote_airflow.core.cloud.gcs import GcsStore
     from keras_remote_airflow.core.cloud.credentials import is_outage

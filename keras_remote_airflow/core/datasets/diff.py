@@ -1,10 +1,22 @@
-"""Compare what is on disk with what a listing shows."""
+"""Compare a snapshot, which is what is on disk, with a listing, which is what is stored.
+
+Both are read in the byte order of the names, in one pass: a merge join. Memory does not grow with
+the listing.
+"""
 
 from collections.abc import Iterable, Iterator
 
-from keras_remote_airflow.core.cloud.store import ObjectInfo
+from keras_remote_airflow.core.cloud.store import (
+    ObjectInfo,
+    ObjectStore,
+    conflict,
+    first_page,
+    how_to_clear,
+    list_objects,
+)
 from keras_remote_airflow.core.disk.snapshot import Snapshot
-from keras_remote_airflow.core.layout import RESERVED_NAME
+from keras_remote_airflow.core.errors import ConflictError
+from keras_remote_airflow.core.layout import RESERVED_NAME, CacheKey
 
 
 def data_objects(objects: Iterable[ObjectInfo], prefix: str) -> Iterator[tuple[bytes, ObjectInfo]]:
@@ -18,19 +30,25 @@ def data_objects(objects: Iterable[ObjectInfo], prefix: str) -> Iterator[tuple[b
             yield relative.encode(), info
 
 
-def matches(
-    snapshot: "Snapshot",
+def merge_join(
+    snapshot: Snapshot,
     objects: Iterable[tuple[bytes, ObjectInfo]],
-    bound: bytes | None = None,
+    last_path: bytes | None = None,
 ) -> Iterator[tuple[int | None, ObjectInfo | None]]:
     """Yield each file's index with the object of its name, in the byte order of the names.
 
-    A file without an object comes with None, and so does an object without a file. Parameters are
-    those of `differences`.
+    Args:
+        snapshot: what is on disk.
+        objects: relative paths and objects, in the byte order of the paths, as listings are.
+        last_path: leave out files behind this path, for a listing that was cut off there.
+
+    Yields:
+        `(index, object)`; `(index, None)` for a file without an object, `(None, object)` for an
+        object without a file.
     """
     names = enumerate(snapshot.names())
-    wanted = (index for index, name in names if bound is None or name <= bound)
-    files = iter(sorted(wanted, key=snapshot.name))
+    listed = (index for index, name in names if last_path is None or name <= last_path)
+    files = iter(sorted(listed, key=snapshot.name))
     index = next(files, None)
     for path, info in objects:
         while index is not None and snapshot.name(index) < path:
@@ -47,24 +65,51 @@ def matches(
 
 
 def differences(
-    snapshot: "Snapshot",
+    snapshot: Snapshot,
     objects: Iterable[tuple[bytes, ObjectInfo]],
-    bound: bytes | None = None,
+    last_path: bytes | None = None,
 ) -> Iterator[tuple[int | None, ObjectInfo | None]]:
-    """Yield where a snapshot and a listing disagree, in the byte order of the names.
-
-    Args:
-        snapshot: what is on disk.
-        objects: relative paths and objects, in the byte order of the paths, as listings are.
-        bound: compare files only up to this path, for a listing that was cut off there.
-
-    Yields:
-        `(index, None)` for a file without an object, `(index, object)` for one whose object has
-        another size or CRC32C, `(None, object)` for an object without a file.
-    """
-    for index, info in matches(snapshot, objects, bound):
+    """Yield what `merge_join` yields, without the files whose object has their size and CRC32C."""
+    for index, info in merge_join(snapshot, objects, last_path):
         if index is not None and info is not None:
             file = snapshot.record(index)
             if (file.size, file.crc32c) == (info.size, info.crc32c):
                 continue
         yield index, info
+
+
+def missing_files(
+    store: ObjectStore, key: CacheKey, snapshot: Snapshot, *, only_first_page: bool = False
+) -> Iterator[int]:
+    """Yield the index of each file of the snapshot that has no object under `key`.
+
+    Args:
+        store: the bucket that `key` names.
+        key: the entry.
+        snapshot: the data.
+        only_first_page: look no further than the first page of the listing.
+
+    Raises:
+        ConflictError: an object under `key` holds other bytes than its file, or has no file.
+    """
+    last_path = None
+    if only_first_page:
+        page = first_page(store, key.prefix)
+        objects = iter(page.objects)
+        if page.next_token is not None:
+            last_path = page.objects[-1].name.removeprefix(key.prefix).encode()
+    else:
+        objects = list_objects(store, key.prefix)
+    for index, found in differences(snapshot, data_objects(objects, key.prefix), last_path):
+        if found is None:
+            if index is not None:
+                yield index
+            continue
+        uri = f"gs://{key.bucket}/{found.name}"
+        if index is None:
+            raise ConflictError(
+                f"{uri} ({found.size} bytes) is under this content hash but not in the data. "
+                f"Find out who wrote it; {how_to_clear(uri)}"
+            )
+        file = snapshot.record(index)
+        raise conflict(uri, found, snapshot.local_path(file.path), file.size, file.crc32c)

@@ -1,13 +1,12 @@
 """Find out whether a dataset is published, and whole."""
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from keras_remote_airflow.core.cloud.bucket import open_bucket
-from keras_remote_airflow.core.cloud.store import ObjectStore, conflict, first_page, how_to_clear, list_objects
-from keras_remote_airflow.core.datasets.diff import data_objects, differences
+from keras_remote_airflow.core.cloud.store import ObjectStore, first_page, list_objects
+from keras_remote_airflow.core.datasets.diff import data_objects, missing_files
 from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH, Snapshot
 from keras_remote_airflow.core.errors import ConflictError, InvalidInputError, MarkerError
 from keras_remote_airflow.core.layout import CacheKey, Receipt, get_layout, parse_marker
@@ -48,22 +47,32 @@ def find(
     layout: str = "keras_remote",
     verify: str = "page",
     retry: "RetryPolicy | None" = None,
+    user_project: str | None = None,
 ) -> CacheEntry | None:
     """Return the dataset published under `content_hash`, or None while there is none.
 
     Reads the marker and one page of the listing (`verify="full"`: all of it). A marker whose
     objects are gone counts as none, and a warning says so.
 
-    `content_hash` is 64 hex digits; the other parameters and the errors are those of `upload`.
+    The other parameters are those of `upload_data`, and so are the errors.
+
+    Args:
+        content_hash: 64 hex digits, as `Data.content_hash` returns them.
     """
     key = CacheKey(bucket_name, namespace_prefix, content_hash, get_layout(layout))
     check_verify(verify)
-    with open_bucket(bucket_name, client, project, retry) as store:
+    with open_bucket(bucket_name, client, project, retry, user_project) as store:
         return lookup(store, key, verify=verify)
 
 
+def check_verify(verify: str) -> None:
+    """Raise InvalidInputError unless `verify` is a value of the parameter of that name."""
+    if verify not in _VERIFY:
+        raise InvalidInputError(f"unknown verify {verify!r}: expected one of {list(_VERIFY)}")
+
+
 def lookup(
-    store: ObjectStore, key: CacheKey, *, snapshot: "Snapshot | None" = None, verify: str = "page"
+    store: ObjectStore, key: CacheKey, *, snapshot: Snapshot | None = None, verify: str = "page"
 ) -> CacheEntry | None:
     """Return the entry under `key` if its marker and its objects are there, else None.
 
@@ -73,36 +82,36 @@ def lookup(
         snapshot: the data itself, where it is at hand: then the listing is compared with it,
             otherwise with the marker's receipt.
         verify: "page" or "full".
+
+    Raises:
+        ConflictError: there are objects that are not part of the dataset.
+        MarkerError: the marker cannot be read, or contradicts the data.
     """
     body = store.read(key.marker_name)
     if body is None:
         return None
     receipt = parse_marker(body, key)
+    only_first_page = verify == "page"
     if snapshot is not None:
-        if receipt and (receipt.files, receipt.total_bytes) != (
-            len(snapshot),
-            snapshot.total_bytes,
-        ):
-            raise MarkerError(
-                f"marker gs://{key.bucket}/{key.marker_name} says {receipt.files} files with "
-                f"{receipt.total_bytes} bytes, but data of this content hash has {len(snapshot)} "
-                f"with {snapshot.total_bytes}. Delete that object to have it written anew."
-            )
-        missing = sum(1 for _ in missing_files(store, key, snapshot, only_first_page=verify == "page"))
-        problem = f"{missing} of its objects are gone" if missing else None
+        _check_receipt(receipt, key, snapshot)
+        missing = missing_files(store, key, snapshot, only_first_page=only_first_page)
+        count = sum(1 for _ in missing)
+        shortfall = f"{count} of {len(snapshot)} objects missing" if count else None
+    elif receipt is not None:
+        shortfall = _shortfall(store, key, receipt, only_first_page=only_first_page)
     else:
-        problem = _disagreement(store, key, receipt, verify)
-    if problem:
+        shortfall = None if _may_be_whole(store, key) else "no objects found"
+    if shortfall:
         _log.warning(
-            "%s has its marker, but %s (a lifecycle rule may have deleted them): not a hit until "
-            "the data is uploaded again",
+            "Ignoring a marker: %s, perhaps deleted by a lifecycle rule. The next upload restores "
+            "them: %s",
+            shortfall,
             key.gcs_uri,
-            problem,
         )
         return None
     if snapshot is not None:
         known = snapshot.is_dir, len(snapshot), snapshot.total_bytes
-    elif receipt:
+    elif receipt is not None:
         known = receipt.is_dir, receipt.files, receipt.total_bytes
     else:
         return CacheEntry(key.gcs_uri, None, None, None)
@@ -110,71 +119,48 @@ def lookup(
     return CacheEntry(key.gcs_uri, *known, published_at=published_at)
 
 
-def missing_files(
-    store: ObjectStore, key: CacheKey, snapshot: "Snapshot", *, only_first_page: bool
-) -> Iterator[int]:
-    """Yield which files of the snapshot have no object; raise ConflictError for foreign objects."""
-    bound = None
+def _check_receipt(receipt: Receipt | None, key: CacheKey, snapshot: Snapshot) -> None:
+    found = len(snapshot), snapshot.total_bytes
+    if receipt is not None and (receipt.files, receipt.total_bytes) != found:
+        raise MarkerError(
+            f"marker gs://{key.bucket}/{key.marker_name} says {receipt.files} files with "
+            f"{receipt.total_bytes} bytes, but data of this content hash has {len(snapshot)} "
+            f"with {snapshot.total_bytes}. Delete that object to have it written anew."
+        )
+
+
+def _may_be_whole(store: ObjectStore, key: CacheKey) -> bool:
+    """Whether an entry can be whole whose marker, of another client, does not tell its objects."""
+    if key.content_hash == EMPTY_DIRECTORY_HASH:
+        return True
+    return any(data_objects(list_objects(store, key.prefix), key.prefix))
+
+
+def _shortfall(
+    store: ObjectStore, key: CacheKey, receipt: Receipt, *, only_first_page: bool
+) -> str | None:
+    """Say in words what is missing under `key` by its receipt; None if nothing seems to be.
+
+    Raises ConflictError if there is more than the receipt says.
+    """
     if only_first_page:
         page = first_page(store, key.prefix)
-        objects = iter(page.objects)
-        if page.next_token is not None:
-            bound = page.objects[-1].name.removeprefix(key.prefix).encode()
+        shows_all, shown = page.next_token is None, iter(page.objects)
     else:
-        objects = list_objects(store, key.prefix)
-    for index, found in differences(snapshot, data_objects(objects, key.prefix), bound):
-        if found is None and index is not None:
-            yield index
-        elif found is not None:
-            uri = f"gs://{key.bucket}/{found.name}"
-            if index is None:
-                raise ConflictError(
-                    f"{uri} ({found.size} bytes) is under this content hash but not in the data. "
-                    f"Find out who wrote it; {how_to_clear(uri)}"
-                )
-            file = snapshot.record(index)
-            path = snapshot.local_path(file.path)
-            raise conflict(uri, found, path, file.size, file.crc32c)
-
-
-def _disagreement(
-    store: ObjectStore, key: CacheKey, receipt: Receipt | None, verify: str
-) -> str | None:
-    """Say how what is under `key` falls short of its receipt, or return None.
-
-    Raises ConflictError if there are more than it says.
-    """
-    from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH
-
-    if receipt is None:
-        # Another client's marker says nothing of its objects; only the empty directory has none.
-        objects = data_objects(list_objects(store, key.prefix), key.prefix)
-        some = next(objects, None) is not None
-        return None if some or key.content_hash == EMPTY_DIRECTORY_HASH else "it has no objects"
-    if verify == "full":
-        whole, shown = True, list_objects(store, key.prefix)
-    else:
-        page = first_page(store, key.prefix)
-        whole, shown = page.next_token is None, iter(page.objects)
+        shows_all, shown = True, list_objects(store, key.prefix)
     files = size = 0
     for _, info in data_objects(shown, key.prefix):
         files += 1
         size += info.size
     if files > receipt.files or size > receipt.total_bytes:
-        # No upload mends this: waiting for one would be in vain.
+        # An upload does not mend this, so a sensor that waits for one must fail instead.
         raise ConflictError(
             f"{key.gcs_uri} has {files} objects with {size} bytes, more than the {receipt.files} "
             f"with {receipt.total_bytes} that its marker says. Find out who wrote the others, and "
             "remove them."
         )
-    if whole and (files, size) != (receipt.files, receipt.total_bytes):
+    if shows_all and (files, size) != (receipt.files, receipt.total_bytes):
         return (
-            f"it has {files} objects with {size} bytes where the marker says {receipt.files} with "
-            f"{receipt.total_bytes}"
+            f"{files} of {receipt.files} objects with {size} of {receipt.total_bytes} bytes found"
         )
     return None
-
-
-def check_verify(verify: str) -> None:
-    if verify not in _VERIFY:
-        raise InvalidInputError(f"unknown verify {verify!r}: expected one of {list(_VERIFY)}")

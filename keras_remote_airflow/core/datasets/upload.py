@@ -1,8 +1,8 @@
 """Publish data under the hash of its content, once.
 
-Order is what keeps the cache honest. On a miss: hash, look at what an earlier attempt left, upload
-what is missing, and only when every byte is stored write the marker. Whoever dies in between
-leaves objects but no marker, which readers take for "not there" and the next attempt completes.
+On a miss the data is hashed, the objects that an earlier attempt left are listed, the missing ones
+are uploaded, and the marker is written when every byte is stored. An upload that dies on the way
+leaves objects without a marker: readers treat them as absent, and the next attempt adds the rest.
 """
 
 import logging
@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from keras_remote_airflow.core.cloud.bucket import open_bucket
-from keras_remote_airflow.core.cloud.store import ObjectStore, FileToSend
+from keras_remote_airflow.core.cloud.store import FileToSend, ObjectStore
 from keras_remote_airflow.core.data import Data, as_data
-from keras_remote_airflow.core.datasets.lookup import check_verify, missing_files, lookup
+from keras_remote_airflow.core.datasets.diff import missing_files
+from keras_remote_airflow.core.datasets.lookup import check_verify, lookup
 from keras_remote_airflow.core.disk.snapshot import Snapshot
 from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.layout import (
@@ -38,12 +39,13 @@ if TYPE_CHECKING:
     from keras_remote_airflow.core.cloud.retry import RetryPolicy
 
 _log = logging.getLogger(__name__)
-# Above this keras_remote suggests reading from Cloud Storage directly (10 * 1024**3 bytes).
-_LARGE = 10 * 1024**3
-# Files that are sent before the first look whether somebody else sends them, too.
-_FIRST_ROUND = 16
-# Objects in one page of a listing, which costs as much as an upload.
-_PAGE = 1000
+
+# From this size on, keras_remote suggests reading from Cloud Storage instead of uploading.
+LARGE_BYTES = 10 * 1024**3
+# Files sent before the first look at whether another uploader is sending the same data.
+_FIRST_ROUND_FILES = 16
+# Objects in one page of a listing. One page costs as much as one upload.
+_PAGE_OBJECTS = 1000
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class UploadResult:
         uploaded_files: how many of them this call sent.
         uploaded_bytes: the size of those.
         seconds: how long it took, hashing included.
-        published_at: of a hit, when its marker was written, RFC 3339 in UTC; None if the marker
+        published_at: for a hit, when its marker was written, RFC 3339 in UTC; None if the marker
             does not say. Not compared.
     """
 
@@ -100,22 +102,36 @@ def upload_data(
     verify: str = "page",
     retry: "RetryPolicy | None" = None,
     hash_index: str | None = None,
+    user_project: str | None = None,
 ) -> str:
     """Make sure that `data` is on Cloud Storage and return its `gs://` URI.
 
-    `keras_remote_airflow.core.datasets.upload.upload` does the same and tells what it did; there is more on
-    each parameter, and on what is raised.
+    `gs://` data is returned as it is, without a request. Local data is read and hashed; if it is
+    published under its hash, nothing is written. Otherwise its files are uploaded concurrently,
+    except those that an earlier attempt left there, and the marker is written last. Nothing is ever
+    overwritten or deleted: roles/storage.objectCreator and objectViewer are enough.
 
     Args:
         bucket_name: bare name of an existing bucket.
         data: a `Data`, or its path.
-        project: project id for the client made here.
-        namespace_prefix: what leads every object name.
-        client: google.cloud.storage.Client to use; None makes one.
+        project: project id for the client made here; None takes `get_default_project()`.
+        namespace_prefix: the first part of every object name.
+        client: google.cloud.storage.Client whose credentials and endpoint to use; None makes one.
         layout: "keras_remote", or "kinetic" to share the cache with keras-kinetic.
-        verify: "page" checks a hit against the first 1,000 objects, "full" against all.
-        retry: when to try a failed request again and when to give up.
-        hash_index: local file that remembers the hashes of unchanged files.
+        verify: how much of the listing a hit is checked against: "page" (the first 1,000 objects,
+            one request) or "full".
+        retry: when to try a failed request again and when to give up; None takes the defaults of
+            `RetryPolicy`.
+        hash_index: local file that remembers the hashes of unchanged files, see `core.disk.index`;
+            None takes the environment's `KERAS_REMOTE_HASH_INDEX`, or reads every file.
+        user_project: project that is billed for the requests, for a bucket whose requesters pay.
+
+    Raises:
+        InvalidInputError: bad input, before anything is written.
+        DataChangedError: the data changed meanwhile; nothing was published.
+        ConflictError: objects under the hash hold other bytes.
+        MarkerError: the marker cannot be read.
+        StoreError: Cloud Storage refused, or kept failing until the deadline (120 s).
     """
     result = upload(
         bucket_name,
@@ -127,6 +143,7 @@ def upload_data(
         verify=verify,
         retry=retry,
         hash_index=hash_index,
+        user_project=user_project,
     )
     return result.gcs_uri
 
@@ -142,40 +159,16 @@ def upload(
     verify: str = "page",
     retry: "RetryPolicy | None" = None,
     hash_index: str | None = None,
+    user_project: str | None = None,
     dry_run: bool = False,
 ) -> UploadResult:
-    """Make sure that `data` is on Cloud Storage, uploading what is not there yet.
+    """Do what `upload_data` does, and return where the data is and what was done.
 
-    `gs://` data is returned as it is, without a request. Local data is read and hashed; if it is
-    published under its hash, nothing is written. Otherwise its files are uploaded concurrently,
-    except those an earlier attempt left there, and the marker is written last. Nothing is ever
-    overwritten or deleted: roles/storage.objectCreator and objectViewer are enough.
+    The other parameters are those of `upload_data`, and so are the errors.
 
     Args:
-        bucket_name: bare name of an existing bucket.
-        data: a `Data`, or its path.
-        project: project id for the client made here; None takes `get_default_project()`.
-        namespace_prefix: what leads every object name.
-        client: google.cloud.storage.Client whose credentials and endpoint to use; None makes one.
-        layout: "keras_remote" or "kinetic", see `core.layout`.
-        verify: how much of the listing a hit is checked against: "page" (the first 1,000 objects,
-            one request) or "full".
-        retry: when to try a failed request again and when to give up; None takes the defaults of
-            `core.cloud.retry.RetryPolicy`.
-        hash_index: local file that remembers the hashes of unchanged files, see `core.disk.index`; None
-            takes the environment's `KERAS_REMOTE_HASH_INDEX`, or reads every file.
         dry_run: write nothing to Cloud Storage. Everything is read as ever, and the result says
             what would have been uploaded, and where to.
-
-    Returns:
-        Where the data is and what was done.
-
-    Raises:
-        InvalidInputError: bad input, before anything is written.
-        DataChangedError: the data changed meanwhile; nothing was published.
-        ConflictError: objects under the hash hold other bytes.
-        MarkerError: the marker cannot be read.
-        StoreError: Cloud Storage refused, or kept failing until the deadline (120 s).
     """
     from keras_remote_airflow.core.disk.hashing import take_snapshot
     from keras_remote_airflow.core.disk.index import default_index
@@ -188,19 +181,19 @@ def upload(
     data = as_data(data)
     if data.is_gcs:
         split_gcs_uri(data.path)
-        _log.info("Data is on Cloud Storage already, passed on unchecked: %s", data.path)
+        _log.info("Passing on data that is on Cloud Storage already, unchecked: %s", data.path)
         return UploadResult(data.path, data.is_dir)
 
     snapshot = take_snapshot(data.path, hash_index or default_index())
     key = CacheKey(bucket_name, namespace_prefix, snapshot.content_hash, chosen_layout)
     _check_names(snapshot, key)
-    sent = Progress(_log, f"{'Dry run of uploading' if dry_run else 'Uploading'} to {key.gcs_uri}")
-    with open_bucket(bucket_name, client, project, retry) as store:
+    sent = Progress(_log, f"Uploading to {key.gcs_uri}")
+    with open_bucket(bucket_name, client, project, retry, user_project) as store:
         found = lookup(store, key, snapshot=snapshot, verify=verify)
         if found is None:
-            _warn_if_odd(snapshot)
+            warn_of_odd_data(snapshot)
             if dry_run:
-                for index in missing_files(store, key, snapshot, only_first_page=False):
+                for index in missing_files(store, key, snapshot):
                     sent.add(1, snapshot.record(index).size)
             else:
                 publish(store, key, snapshot, sent)
@@ -208,30 +201,52 @@ def upload(
         key.gcs_uri,
         snapshot.is_dir,
         snapshot.content_hash,
-        found is not None,
-        len(snapshot),
-        snapshot.total_bytes,
-        sent.files,
-        sent.bytes,
-        round(time.monotonic() - started, 3),
-        found.published_at if found else None,
+        cache_hit=found is not None,
+        files=len(snapshot),
+        bytes=snapshot.total_bytes,
+        uploaded_files=sent.files,
+        uploaded_bytes=sent.bytes,
+        seconds=round(time.monotonic() - started, 3),
+        published_at=found.published_at if found else None,
     )
-    # Airflow cuts long lines off: what is the same every day, the long URI, goes last.
     _log.info(
-        "Cache %s, %s %d of %d files (%s of %s) in %.1f s: %s",
-        "hit" if found else "miss",
-        "would upload" if dry_run else "uploaded",
+        "%s %d of %d files (%s of %s) in %.1f s, cache %s: %s",
+        "Would upload" if dry_run else "Uploaded",
         result.uploaded_files,
         result.files,
         format_bytes(result.uploaded_bytes),
         format_bytes(result.bytes),
         result.seconds,
+        "hit" if result.cache_hit else "miss",
         result.gcs_uri,
     )
     return result
 
 
-def publish(store: ObjectStore, key: CacheKey, snapshot: "Snapshot", sent: Progress) -> None:
+def _check_names(snapshot: Snapshot, key: CacheKey) -> None:
+    for name in suspects(snapshot.names(), key.prefix):
+        check_relative_path(name, key.prefix)
+        if name == RESERVED_NAME.encode():
+            raise InvalidInputError(
+                f"{snapshot.local_path(RESERVED_NAME)}: this name is reserved for the cache's own "
+                "marker. Rename or remove the file."
+            )
+
+
+def warn_of_odd_data(snapshot: Snapshot, large_bytes: int = LARGE_BYTES) -> None:
+    """Log a warning for a dataset without files, and for one of more than `large_bytes`."""
+    if not len(snapshot):
+        _log.warning("%s holds no files: an empty dataset. Is the volume mounted?", snapshot.root)
+    if snapshot.total_bytes > large_bytes:
+        _log.warning(
+            "%s holds %s. For data of this size consider keeping it on Cloud Storage and passing "
+            'its URI (Data("gs://…")), with I/O that streams (tf.data, grain)',
+            snapshot.root,
+            format_bytes(snapshot.total_bytes),
+        )
+
+
+def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progress) -> None:
     """Store the objects that are missing under `key`, then the marker.
 
     Args:
@@ -240,7 +255,7 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: "Snapshot", sent: Progr
         snapshot: the data.
         sent: counts the files and bytes that were sent.
     """
-    missing = _missing_from_anywhere(store, key, snapshot)
+    missing = _missing_from_a_random_one_on(store, key, snapshot)
     _log.info("Uploading %d of %d files: %s", len(missing), len(snapshot), key.gcs_uri)
     with sent:
         _send(store, key, snapshot, missing, sent)
@@ -252,19 +267,25 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: "Snapshot", sent: Progr
     )
     # The marker goes last: readers take its presence to mean "all bytes are here".
     while not store.create(key.marker_name, receipt.to_json()):
-        # Another uploader was first, or the marker had outlived its objects: it must be sound.
+        # Another uploader was first, or the marker was still there when its objects were not. It
+        # counts if it can be read; if it is gone by now, ours is written after all.
         if (body := store.read(key.marker_name)) is not None:
             parse_marker(body, key)
             break
 
 
 def _send(
-    store: ObjectStore, key: CacheKey, snapshot: "Snapshot", missing: "array[int]", sent: Progress
+    store: ObjectStore, key: CacheKey, snapshot: Snapshot, missing: "array[int]", sent: Progress
 ) -> None:
-    """Store these files of the snapshot, or those of them that nobody else stores meanwhile."""
+    """Store these files of the snapshot, except those that another uploader stores meanwhile.
+
+    Files are sent in rounds, each twice as large as the one before, until another uploader of the
+    same data shows. From then on its objects are listed, as often as a listing costs no more
+    requests than trying to send what is already there.
+    """
     found_there = 0
 
-    def uploads(indices: "array[int]") -> Iterator[FileToSend]:
+    def files(indices: "array[int]") -> Iterator[FileToSend]:
         for index in indices:
             file = snapshot.record(index)
             yield FileToSend(
@@ -276,65 +297,41 @@ def _send(
                 file.digest,
             )
 
-    def done(upload: FileToSend, was_sent: bool) -> None:
+    def done(file: FileToSend, was_sent: bool) -> None:
         nonlocal found_there
         if was_sent:
-            sent.add(1, upload.size)
+            sent.add(1, file.size)
         else:
-            sent.skip(1, upload.size)
+            sent.skip(1, file.size)
             found_there += 1
-        _log.debug("%s %s", "Stored" if was_sent else "Found", upload.name)
+        _log.debug("%s %s", "Stored" if was_sent else "Found", file.name)
 
-    # In rounds that grow, until another uploader of the same data is met: then look at what it has
-    # stored, as often as that costs no more requests than running into it.
-    round_size = _FIRST_ROUND
-    sent.expect(len(missing), _size(snapshot, missing))
+    round_files = _FIRST_ROUND_FILES
+    sent.expect(len(missing), _total_bytes(snapshot, missing))
     while missing:
-        store.upload(uploads(missing[:round_size]), done, sent.move)
-        missing = missing[round_size:]
-        round_size *= 2
-        if found_there > len(snapshot) // _PAGE:
-            missing = _missing_from_anywhere(store, key, snapshot)
-            round_size, found_there = _FIRST_ROUND, 0
-            sent.expect(len(missing), _size(snapshot, missing))
+        store.upload(files(missing[:round_files]), done, sent.move)
+        missing = missing[round_files:]
+        round_files *= 2
+        if found_there > len(snapshot) // _PAGE_OBJECTS:
+            missing = _missing_from_a_random_one_on(store, key, snapshot)
+            round_files, found_there = _FIRST_ROUND_FILES, 0
+            sent.expect(len(missing), _total_bytes(snapshot, missing))
 
 
-def _size(snapshot: "Snapshot", files: "array[int]") -> int:
-    if len(files) == len(snapshot):
-        return snapshot.total_bytes
-    return sum(snapshot.record(index).size for index in files)
+def _missing_from_a_random_one_on(
+    store: ObjectStore, key: CacheKey, snapshot: Snapshot
+) -> "array[int]":
+    """Return which files have no object, rotated so that a random one comes first.
 
-
-def _missing_from_anywhere(store: ObjectStore, key: CacheKey, snapshot: "Snapshot") -> "array[int]":
-    """Return which files have no object, in the order of the hash but from a random one on.
-
-    So that several uploaders of the same data share the work instead of racing for each object.
+    Several uploaders of the same data then begin at different files and share the work, where they
+    would otherwise race for each object.
     """
-    missing = array("Q", missing_files(store, key, snapshot, only_first_page=False))
+    missing = array("Q", missing_files(store, key, snapshot))
     start = random.randrange(len(missing)) if missing else 0  # noqa: S311 - no secret
     return missing[start:] + missing[:start]
 
 
-def _check_names(snapshot: "Snapshot", key: CacheKey) -> None:
-    for name in suspects(snapshot.names(), key.prefix):
-        check_relative_path(name, key.prefix)
-        if name == RESERVED_NAME.encode():
-            raise InvalidInputError(
-                f"{snapshot.local_path(RESERVED_NAME)}: this name is reserved for the cache's own "
-                "marker. Rename or remove the file."
-            )
-
-
-def _warn_if_odd(snapshot: "Snapshot") -> None:
-    if not len(snapshot):
-        _log.warning(
-            "%s holds no files: an empty dataset. Is the volume mounted?",
-            snapshot.root,
-        )
-    if snapshot.total_bytes > _LARGE:
-        _log.warning(
-            "%s holds %s. For data of this size consider keeping it on Cloud Storage and passing "
-            'its URI (Data("gs://…")), with I/O that streams (tf.data, grain)',
-            snapshot.root,
-            format_bytes(snapshot.total_bytes),
-        )
+def _total_bytes(snapshot: Snapshot, files: "array[int]") -> int:
+    if len(files) == len(snapshot):
+        return snapshot.total_bytes
+    return sum(snapshot.record(index).size for index in files)

@@ -1,0 +1,144 @@
+"""The objects that a ref stands for, and how data on disk differs from them."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+
+from keras_remote_airflow.core.cloud.store import (
+    ObjectInfo,
+    ObjectStore,
+    first_page,
+    list_objects,
+)
+from keras_remote_airflow.core.datasets.diff import data_objects, differences, merge_join
+from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH, Snapshot
+from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, KerasRemoteError
+from keras_remote_airflow.core.layout import Receipt, check_relative_path, parse_marker
+from keras_remote_airflow.core.refs import DataRef
+
+# How many differences an error names.
+_SHOWN = 5
+
+
+class RemoteData:
+    """The objects that a ref stands for.
+
+    Attributes:
+        store: the bucket they are in.
+        ref: the ref.
+        key: its cache entry, or None for data outside a cache.
+    """
+
+    def __init__(self, store: ObjectStore, ref: DataRef) -> None:
+        self.store = store
+        self.ref = ref
+        self.key = ref.cache_key
+
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether the ref can stand for no objects at all."""
+        return self.key is not None and self.key.content_hash == EMPTY_DIRECTORY_HASH
+
+    def objects(self) -> Iterator[tuple[bytes, ObjectInfo]]:
+        """Yield relative path (UTF-8) and object, in the byte order of the paths."""
+        name = self.ref.object_name
+        if self.ref.is_prefix:
+            prefix = name.rstrip("/") + "/" if name else ""
+            return data_objects(list_objects(self.store, prefix), prefix)
+        # In byte order the name itself comes before all others that begin with it.
+        page = first_page(self.store, name)
+        return ((os.path.basename(name).encode(), o) for o in page.objects if o.name == name)
+
+    def single_name(self) -> str:
+        """Return the name of the one file behind the ref; raise IntegrityError unless it is one."""
+        found = list(islice(self.objects(), 2))
+        if len(found) != 1:
+            raise IntegrityError(
+                f"{self.ref.gcs_uri} should be one file, but "
+                + ("nothing is there" if not found else f"holds several: {found[0][1].name}, …")
+                + ". Check is_dir in the ref, and whether a lifecycle rule deleted the data."
+            )
+        path = found[0][0]
+        check_relative_path(path, "")
+        if b"/" in path:
+            raise IntegrityError(
+                f"{self.ref.gcs_uri} should be one file, but holds {found[0][1].name}. Check "
+                "is_dir in the ref."
+            )
+        return path.decode()
+
+    def fingerprint(self) -> str:
+        """Return a hash of the names and generations of the objects that are there now."""
+        digest = hashlib.sha256(self.ref.gcs_uri.encode())
+        for _, info in self.objects():
+            digest.update(f"\0{info.name}\0{info.generation}".encode())
+        return digest.hexdigest()
+
+    def receipt(self) -> Receipt | None:
+        """Return the receipt in the marker, or None if there is none that can be read.
+
+        Data is verified without it: it only helps to explain, and to tell how much there is.
+        """
+        if self.key is not None:
+            with suppress(KerasRemoteError):
+                return parse_marker(self.store.read(self.key.marker_name) or b"", self.key)
+        return None
+
+    def problem(self, snapshot: Snapshot) -> str | None:
+        """Say in words how data on disk differs from what the ref names; None if it does not.
+
+        Data in a cache is compared by its content hash, other data by sizes and CRC32Cs.
+
+        Raises:
+            InvalidInputError: the data is what the ref names, but for the ref's `is_dir`.
+        """
+        if self.key is not None and snapshot.content_hash == self.key.content_hash:
+            return None
+        found = islice(differences(snapshot, self.objects()), _SHOWN)
+        faults = [_fault(snapshot, *difference) for difference in found]
+        if self.key is not None:
+            if snapshot.hash_as(not self.ref.is_dir) == self.key.content_hash:
+                kind = "a single file" if self.ref.is_dir else "a directory"
+                raise InvalidInputError(
+                    f"the ref says is_dir={self.ref.is_dir}, but {self.ref.gcs_uri} is {kind}. "
+                    "Correct the ref."
+                )
+            faults += self._unlike_uploaded(snapshot) + self._unlike_receipt(snapshot)
+            faults.append(f"its content hash is {snapshot.content_hash}")
+        return "; ".join(faults[:_SHOWN]) or None
+
+    def _unlike_uploaded(self, snapshot: Snapshot) -> list[str]:
+        """Name files that differ from the digest that their uploader attached."""
+        foreign: list[str] = []
+        changed: list[str] = []
+        expected = False  # other clients attach no digests
+        for index, info in merge_join(snapshot, self.objects()):
+            expected = expected or bool(info and info.digest)
+            if index is None or info is None:
+                continue  # `differences` has named it
+            file = snapshot.record(index)
+            if info.digest is None:
+                if len(foreign) < _SHOWN:
+                    foreign.append(f"{file.path} was added or replaced by something else")
+            elif info.digest != file.digest.hex() and len(changed) < _SHOWN:
+                changed.append(f"{file.path} is not the file that was hashed")
+        return foreign + changed if expected else changed
+
+    def _unlike_receipt(self, snapshot: Snapshot) -> list[str]:
+        receipt = self.receipt()
+        found = len(snapshot), snapshot.total_bytes
+        if receipt is None or (receipt.files, receipt.total_bytes) == found:
+            return []
+        return [
+            f"its marker says {receipt.files} files with {receipt.total_bytes} bytes, found "
+            f"{len(snapshot)} with {snapshot.total_bytes}"
+        ]
+
+
+def _fault(snapshot: Snapshot, index: int | None, info: ObjectInfo | None) -> str:
+    if index is None:
+        return f"{info.name if info else ''} is missing on disk"
+    path = snapshot.record(index).path
+    return f"{path} differs from its object" if info else f"{path} has no object"
