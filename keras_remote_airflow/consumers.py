@@ -30,7 +30,7 @@ from keras_remote_airflow.core.layout import split_gcs_uri
 from keras_remote_airflow.core.refs import REF_VARIABLE, DataRef, parse_data_ref
 from keras_remote_airflow.execution import permanent_errors_fail_the_task
 
-_COMMAND = ["python", "-m", "keras_remote_airflow.materialize"]
+_COMMAND = ["python", "-m", "keras_remote_airflow", "get"]
 # Where an init container sees the volume. The data goes into a directory inside, because a mount
 # point cannot be renamed into place.
 _VOLUME_PATH = "/keras-remote"
@@ -118,7 +118,7 @@ def materialize_pod_kwargs(
     init: dict[str, Any] = {
         "name": pod.label,
         "image": image,
-        "command": [*_COMMAND, "--dest", dest],
+        "command": [*_COMMAND, dest],
         **_copy_tree(container or {}),
     }
     init.setdefault("env", []).append(
@@ -349,7 +349,7 @@ def _materialize_first(name: str, materialize_at: str | None) -> list[str]:
     path, ref = _variables(name)
     # No $(...): Vertex AI takes it for a reference to an environment variable. The command prints
     # a path, which would be taken for output of the job's own.
-    script = f'{" ".join(_COMMAND)} "${ref}" --dest "${path}" >&2 && exec "$@"'
+    script = f'{" ".join(_COMMAND)} "${ref}" "${path}" >&2 && exec "$@"'
     return ["sh", "-c", script, "sh"]
 
 

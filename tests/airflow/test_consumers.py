@@ -126,7 +126,7 @@ def test_final_pods_and_jobs(run_dag, gcs_server, dataset):
         "name": "keras-remote-data",
         "image": "trainer:1",
         "command": [
-            "python", "-m", "keras_remote_airflow.materialize", "--dest", "/keras-remote/data",
+            "python", "-m", "keras_remote_airflow", "get", "/keras-remote/data",
         ],
         "resources": {"limits": {"cpu": "2"}},
         "volumeMounts": [{"name": "keras-remote-data", "mountPath": "/keras-remote"}],
@@ -138,7 +138,7 @@ def test_final_pods_and_jobs(run_dag, gcs_server, dataset):
     pod = sent["gke_init"]
     (init,) = pod["spec"]["initContainers"]
     assert (init["name"], init["image"]) == ("keras-remote-data", "trainer:1")
-    assert init["command"][-2:] == ["--dest", "/keras-remote/data"]
+    assert init["command"][-2:] == ["get", "/keras-remote/data"]
     assert json.loads(variables(init)["KERAS_REMOTE_DATA_REF"]) == refs["upload"]
     assert pod["spec"]["volumes"] == [{"name": "keras-remote-data", "emptyDir": {}}]
     (base,) = pod["spec"]["containers"]

@@ -1,13 +1,15 @@
-"""`python -m keras_remote_airflow.materialize`, started as a container starts it."""
+"""`python -m keras_remote_airflow`, started as a container starts it."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from keras_remote_airflow import Data, make_data_ref, upload_data
+from keras_remote_airflow.__main__ import main
 
 from .conftest import on_disk
 
@@ -21,18 +23,18 @@ class NoAirflow:
             raise ImportError(f"{name} was imported")
 
 sys.meta_path.insert(0, NoAirflow())
-runpy.run_module("keras_remote_airflow.materialize", run_name="__main__", alter_sys=True)
+runpy.run_module("keras_remote_airflow", run_name="__main__", alter_sys=True)
 """
 FILES = {"train.csv": b"t", "sub/eval.csv": b"e"}
 
 
-def command(*args, stdin="", ref=None, program=("-m", "keras_remote_airflow.materialize")):
+def get(*args, stdin="", ref=None, program=("-m", "keras_remote_airflow")):
     env = dict(os.environ)
     env.pop("KERAS_REMOTE_DATA_REF", None)
     if ref is not None:
         env["KERAS_REMOTE_DATA_REF"] = ref
     return subprocess.run(
-        [sys.executable, *program, *args],
+        [sys.executable, *program, "get", *args],
         input=stdin,
         env=env,
         capture_output=True,
@@ -46,15 +48,19 @@ def ref(gcs_bucket, tree):
     return make_data_ref(upload_data(gcs_bucket, Data(str(tree(FILES)))), True)
 
 
-@pytest.mark.parametrize("way", ["argument", "stdin", "variable", "repr", "uri"])
+@pytest.mark.parametrize(
+    "way", ["argument", "stdin", "variable", "repr", "uri", "option between", "option first"]
+)
 def test_prints_the_path_and_nothing_else(ref, tmp_path, way):
     dest, text = tmp_path / "dest", json.dumps(ref)
     done = {
-        "argument": lambda: command(text, "--dest", dest),
-        "stdin": lambda: command("-", "--dest", dest, stdin=text + "\n"),
-        "variable": lambda: command("--dest", dest, ref=text),
-        "repr": lambda: command(repr(ref), "--dest", dest),
-        "uri": lambda: command(ref["gcs_uri"], "--dir", "--dest", dest),
+        "argument": lambda: get(text, dest),
+        "stdin": lambda: get("-", dest, stdin=text + "\n"),
+        "variable": lambda: get(dest, ref=text),
+        "repr": lambda: get(repr(ref), dest),
+        "uri": lambda: get(ref["gcs_uri"], dest, "--dir"),
+        "option between": lambda: get(ref["gcs_uri"], "--dir", dest),
+        "option first": lambda: get("--dir", ref["gcs_uri"], dest),
     }[way]()
     assert (done.returncode, done.stdout) == (0, f"{dest}\n"), done.stderr
     assert on_disk(dest) == FILES
@@ -62,28 +68,43 @@ def test_prints_the_path_and_nothing_else(ref, tmp_path, way):
 
 
 def test_runs_where_airflow_cannot_be_imported(ref, tmp_path):
-    done = command(json.dumps(ref), "--dest", tmp_path / "dest", program=("-c", WITHOUT_AIRFLOW))
+    done = get(json.dumps(ref), tmp_path / "dest", program=("-c", WITHOUT_AIRFLOW))
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'dest'}\n"), done.stderr
 
 
 def test_a_file_lands_in_dest_under_its_own_name(gcs_bucket, tree, tmp_path):
     uri = upload_data(gcs_bucket, Data(str(tree(FILES) / "train.csv")))
-    done = command(uri, "--file", "--dest", tmp_path / "dest")
+    done = get(uri, "--file", tmp_path / "dest")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'dest' / 'train.csv'}\n")
 
 
 def test_without_dest_the_ref_decides(ref, tmp_path):
-    done = command(json.dumps(ref | {"mount_path": str(tmp_path / "mount")}))
+    done = get(json.dumps(ref | {"mount_path": str(tmp_path / "mount")}))
     assert done.stdout == f"{tmp_path / 'mount'}\n"
 
 
+@pytest.mark.parametrize("spelling", ["{}/dest", "./dest", "../{name}/dest", "~/dest"])
+def test_one_argument_alone_that_is_spelled_as_a_path_is_the_destination(
+    ref, tmp_path, monkeypatch, spelling
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = get(spelling.format(tmp_path, name=tmp_path.name), ref=json.dumps(ref))
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'dest'}\n"), done.stderr
+
+
+def test_without_arguments_the_ref_of_the_environment_decides(ref, tmp_path):
+    done = get(ref=json.dumps(ref | {"mount_path": str(tmp_path / "mount")}))
+    assert done.stdout == f"{tmp_path / 'mount'}\n", done.stderr
+
+
 def test_the_environment_is_not_asked_when_a_ref_is_passed(ref, tmp_path):
-    done = command(json.dumps(ref), "--dest", tmp_path / "dest", ref="not a ref")
+    done = get(json.dumps(ref), tmp_path / "dest", ref="not a ref")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "fact"),
     [
         ((), "no data ref: pass one, or set KERAS_REMOTE_DATA_REF"),
         (("-",), "no data ref"),
@@ -96,24 +117,59 @@ def test_the_environment_is_not_asked_when_a_ref_is_passed(ref, tmp_path):
     ],
     ids=str,
 )
-def test_bad_input_is_one_line_and_exit_code_2(args, message, gcs_server):
-    done = command(*args)
+def test_bad_input_is_one_line_and_exit_code_2(args, fact, gcs_server):
+    done = get(*args)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
-    assert message in done.stderr
+    assert fact in done.stderr
     assert gcs_server.requests == []
 
 
-def test_bad_options_are_exit_code_2_too():
-    done = command("gs://test-bucket/raw", "--dir", "--file")
-    assert done.returncode == 2
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("gs://test-bucket/raw", "--dir", "--file"),
+        ("gs://test-bucket/raw/", "/a", "/b"),
+        ("gs://test-bucket/raw/", "--dir", "/a", "/b"),
+        ("gs://test-bucket/raw/", "--no-such-option"),
+        ("gs://test-bucket/raw/", "--user", "p"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_exit_code_2_too(args, gcs_server):
+    done = get(*args)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage: keras-remote-data" in done.stderr
     assert "Traceback" not in done.stderr
+    assert gcs_server.requests == []
+
+
+def test_one_argument_alone_that_is_not_spelled_as_a_path_is_no_destination(ref, gcs_server):
+    done = get("dest", ref=json.dumps(ref))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'dest'" in done.stderr
+
+
+def test_sigterm_ends_it_with_the_exit_code_of_a_signal(monkeypatch):
+    class Input:
+        def read(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return ""
+
+    monkeypatch.setattr(sys, "stdin", Input())
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["get", "-"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 128 + signal.SIGTERM
 
 
 def test_wrong_bytes_are_exit_code_1(ref, gcs_server, tmp_path):
     gcs_server.put("test-bucket", ref["gcs_uri"].split("/", 3)[3] + "/train.csv", b"x")
-    done = command(json.dumps(ref), "--dest", tmp_path / "dest")
+    done = get(json.dumps(ref), tmp_path / "dest")
     assert (done.returncode, done.stdout) == (1, "")
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"error: {ref['gcs_uri']} is not what its ref names")
@@ -123,7 +179,7 @@ def test_wrong_bytes_are_exit_code_1(ref, gcs_server, tmp_path):
 
 def test_an_unwritable_dest_is_exit_code_1(ref, tmp_path):
     (tmp_path / "file").touch()
-    done = command(json.dumps(ref), "--dest", tmp_path / "file" / "dest")
+    done = get(json.dumps(ref), tmp_path / "file" / "dest")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr
@@ -134,30 +190,8 @@ def test_no_credentials_are_exit_code_1(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NO_GCE_CHECK", "true")  # otherwise it looks for a metadata server
-    done = command("gs://test-bucket/raw/")
+    done = get("gs://test-bucket/raw/")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: no Google Cloud credentials: Your default"), done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    "script",
-    [
-        "import keras_remote_airflow.materialize; import keras_remote_airflow as package",
-        "from keras_remote_airflow import materialize; import keras_remote_airflow.materialize; "
-        "import keras_remote_airflow as package; assert package.materialize is materialize",
-        "import keras_remote_airflow as package; package.materialize; "
-        "import keras_remote_airflow.materialize",
-        "import importlib; importlib.import_module('keras_remote_airflow.materialize'); "
-        "import keras_remote_airflow as package; import keras_remote_airflow.materialize",
-    ],
-)
-def test_the_packages_name_stays_the_function_in_every_order_of_import(script):
-    check = (
-        "\nfrom keras_remote_airflow.core.datasets.materialize import materialize as function"
-        "\nfrom keras_remote_airflow import materialize as name"
-        "\nassert name is package.materialize is function"
-    )
-    done = command(program=("-c", script + check))
-    assert done.returncode == 0, done.stderr

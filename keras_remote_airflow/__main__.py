@@ -1,0 +1,127 @@
+"""The command `keras-remote-data`, also `python -m keras_remote_airflow`; it needs no Airflow.
+
+    get [A] [DEST]      download a dataset, verify it, print its local path
+
+Results go to stdout, everything else to stderr. Exit codes:
+
+    0   done
+    1   failed; trying again may help
+    2   failed for good: bad input, a conflict, an unreadable marker (`PERMANENT_ERRORS`)
+"""
+
+import argparse
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+
+from keras_remote_airflow.core.datasets.materialize import materialize
+from keras_remote_airflow.core.errors import PERMANENT_ERRORS, InvalidInputError, KerasRemoteError
+from keras_remote_airflow.core.refs import REF_VARIABLE, DataRef, make_data_ref, parse_data_ref
+
+# What tells a local path from every spelling of a dataset.
+_LOCAL_PATH = re.compile(r"/|~|\.\.?(/|$)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments, or the process's own; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="keras-remote-data",
+        description="Datasets on Cloud Storage, under the hash of their content.",
+        allow_abbrev=False,
+    )
+    _add_get(parser.add_subparsers(metavar="COMMAND", required=True))
+    # argparse stops collecting positional arguments at the first option behind one; those that
+    # follow are returned as `rest`.
+    args, rest = parser.parse_known_args(argv)
+    args.places += rest
+    if len(args.places) > 2 or any(re.match("-.", place) for place in rest):
+        parser.error(f"unrecognized arguments: {' '.join(args.places[2:] or rest)}")
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    # The kernel ignores a SIGTERM for a container's first process unless that handles it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+    try:
+        print(args.run(args))
+    except PERMANENT_ERRORS as exc:
+        return _fail(2, exc)
+    except (KerasRemoteError, OSError) as exc:
+        return _fail(1, exc)
+    return 0
+
+
+def _add_get(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "get",
+        help="download a dataset, verify it, and print its local path",
+        usage="%(prog)s [-h] [--dir | --file] [--project ID] [--user-project ID] [A] [DEST]",
+        description="Download a dataset, verify it, and print its local path.",
+        epilog="One argument alone is DEST if it begins with /, ./, ../ or ~, else it is A.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "places",
+        nargs="*",
+        metavar="A DEST",
+        help="A: the dataset: a data ref as JSON, a gs:// URI (one that ends in / is a directory), "
+        f"or - for standard input (default: ${REF_VARIABLE}). "
+        "DEST: the directory that becomes the dataset, or that gets the single file under its own "
+        "name; a dataset that is there already is verified and reused (default: the ref's "
+        "mount_path, else a directory named by the content in the system's temporary directory)",
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--dir", action="store_true", help="the gs:// URI is a directory")
+    kind.add_argument("--file", action="store_true", help="the gs:// URI is a single file")
+    parser.add_argument("--project", metavar="ID", help="Google Cloud project")
+    parser.add_argument(
+        "--user-project",
+        metavar="ID",
+        help="project that is billed for the requests, for a bucket whose requesters pay",
+    )
+    parser.set_defaults(run=_get)
+
+
+def _get(args: argparse.Namespace) -> str:
+    a, dest = _split(args.places)
+    return materialize(
+        _read_ref(a, is_dir=args.dir, is_file=args.file),
+        dest,
+        project=args.project,
+        user_project=args.user_project,
+    )
+
+
+def _split(places: list[str]) -> tuple[str | None, str | None]:
+    """Return which of at most two arguments is the dataset, and which the destination."""
+    if len(places) == 1 and _LOCAL_PATH.match(places[0]):
+        return None, places[0]
+    a, dest, *_ = [*places, None, None]
+    return a, dest
+
+
+def _read_ref(a: str | None, *, is_dir: bool, is_file: bool) -> DataRef:
+    text = os.environ.get(REF_VARIABLE, "") if a is None else a
+    text = (sys.stdin.read() if text == "-" else text).strip()
+    if not text:
+        raise InvalidInputError(f"no data ref: pass one, or set {REF_VARIABLE}")
+    if not text.startswith("gs://"):
+        if is_dir or is_file:
+            raise InvalidInputError("--dir and --file are for gs:// URIs: a data ref says itself")
+        return parse_data_ref(text)
+    if not (is_dir or is_file or text.endswith("/")):
+        raise InvalidInputError(
+            f"{text} may be a directory or a single file: pass --dir or --file, or end it with /"
+        )
+    return parse_data_ref(make_data_ref(text, is_dir=not is_file))
+
+
+def _fail(code: int, error: Exception) -> int:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
