@@ -43,6 +43,7 @@ DOCS = REPOSITORY / "docs"
 TROUBLESHOOTING = DOCS / "troubleshooting.md"
 MKDOCS = REPOSITORY / "mkdocs.yml"
 
+
 def _id(page):
     return str(page.relative_to(REPOSITORY))
 
@@ -464,7 +465,7 @@ def _described(node):
     section = re.search(rf"^{heading}:\n((?:    .*\n?|\n)+)", docstring, re.MULTILINE)
     if section is None:  # one that takes a thing or two may say so in its text
         return {name for name in _parameters(node) if f"`{name}`" in docstring}
-    names = re.findall(r"^    ([\w, ]+): ", section[1], re.MULTILINE)
+    names = re.findall(r"^ {4}(\w[\w, ]*): ", section[1], re.MULTILINE)
     return {name for line in names for name in line.split(", ")}
 
 
