@@ -29,7 +29,7 @@ from keras_remote_airflow.core.disk.destination import (
     rename,
 )
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError
-from keras_remote_airflow.core.layout import check_relative_path
+from keras_remote_airflow.core.layout import check_relative_paths
 from keras_remote_airflow.core.progress import Progress, format_bytes
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref
 
@@ -184,7 +184,7 @@ def download(source: RemoteData, folder: str, batch_objects: int = BATCH_OBJECTS
 
     def files(batch: Iterable[tuple[bytes, ObjectInfo]]) -> Iterator[ObjectToFetch]:
         for relative, info in batch:
-            check_relative_path(relative, "")
+            check_relative_paths([relative], "")
             path = os.path.join(folder, relative.decode())
             parent = os.path.dirname(path)
             if parent not in made:

@@ -15,7 +15,7 @@ from keras_remote_airflow.core.cloud.store import (
 from keras_remote_airflow.core.datasets.diff import data_objects, differences, merge_join
 from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH, Snapshot
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, KerasRemoteError
-from keras_remote_airflow.core.layout import Receipt, check_relative_path, parse_marker
+from keras_remote_airflow.core.layout import Receipt, check_relative_paths, parse_marker
 from keras_remote_airflow.core.refs import DataRef
 
 # How many differences an error names.
@@ -61,7 +61,7 @@ class RemoteData:
                 + ". Check is_dir in the ref, and whether a lifecycle rule deleted the data."
             )
         path = found[0][0]
-        check_relative_path(path, "")
+        check_relative_paths([path], "")
         if b"/" in path:
             raise IntegrityError(
                 f"{self.ref.gcs_uri} should be one file, but holds {found[0][1].name}. Check "

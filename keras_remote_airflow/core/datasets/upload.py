@@ -12,6 +12,7 @@ import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from keras_remote_airflow.core.cloud.bucket import open_bucket
@@ -27,11 +28,10 @@ from keras_remote_airflow.core.layout import (
     Receipt,
     check_bucket,
     check_namespace,
-    check_relative_path,
+    check_relative_paths,
     get_layout,
     parse_marker,
     split_gcs_uri,
-    suspects,
 )
 from keras_remote_airflow.core.progress import Progress, format_bytes
 
@@ -42,6 +42,8 @@ _log = logging.getLogger(__name__)
 
 # From this size on, keras_remote suggests reading from Cloud Storage instead of uploading.
 LARGE_BYTES = 10 * 1024**3
+# Names that are checked in one search.
+_CHECKED_TOGETHER = 1000
 # Files sent before the first look at whether another uploader is sending the same data.
 _FIRST_ROUND_FILES = 16
 # Objects in one page of a listing. One page costs as much as one upload.
@@ -224,9 +226,10 @@ def upload(
 
 
 def _check_names(snapshot: Snapshot, key: CacheKey) -> None:
-    for name in suspects(snapshot.names(), key.prefix):
-        check_relative_path(name, key.prefix)
-        if name == RESERVED_NAME.encode():
+    names = snapshot.names()
+    while some := list(islice(names, _CHECKED_TOGETHER)):
+        check_relative_paths(some, key.prefix)
+        if RESERVED_NAME.encode() in some:
             raise InvalidInputError(
                 f"{snapshot.local_path(RESERVED_NAME)}: this name is reserved for the cache's own "
                 "marker. Rename or remove the file."
