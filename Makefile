@@ -12,16 +12,24 @@ BOUNDS_3.2 := 'fastapi<0.137' 'svcs<26'
 NEWEST := $(lastword $(AIRFLOWS))
 # What Cloud Composer ships, as far as it is known: see the files in constraints/.
 IMAGES := composer-2.11 composer-3.1
+PYTHONS := 3.12 3.13
 UV = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv
 # What `uv pip install` is to install.
 TESTED := --editable '.[demo]' --group test --group optional
-EVERYTHING := $(TESTED) --group lint
-BENCHED := --editable . --group bench
-# What core and its tests need, without Airflow: the package itself goes in with --no-deps.
-KINETIC := keras-kinetic==0.0.4 google-cloud-storage aiohttp google-crc32c --group test
+EVERYTHING := $(TESTED) --group lint --group coverage
+BENCHED := --editable '.[airflow]' --group bench
+CORE := --editable . --group test
+INSTALLS_kinetic := keras-kinetic==0.0.4 $(CORE)
+INSTALLS_core := $(CORE)
+INSTALLS_docs := --group docs
+# Tests that need no Airflow, and those of them that depend on versions of what core is built on.
+CORE_TESTS := tests/core tests/faults tests/testing
+WIRE_TESTS := tests/core/test_store.py tests/core/test_transport.py tests/faults/test_wire.py tests/testing/test_clients.py
+# An idle process takes tests over from the other one; `PYTEST=pytest` makes it one process.
+PYTEST := pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all $(AIRFLOWS:%=test-%) test-composer $(IMAGES:%=test-%) test-kinetic lint lowest bench constraints $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench constraints-kinetic clean
+.PHONY: help demo test test-quick test-all $(AIRFLOWS:%=test-%) test-composer $(IMAGES:%=test-%) test-kinetic test-light test-cloud $(PYTHONS:%=test-python-%) lint docs lowest dist bench constraints $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench constraints-kinetic constraints-core constraints-docs clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -32,33 +40,54 @@ demo: $(VENV)/.installed ## train three times through Airflow: a miss, a hit, a 
 	@$(VENV)/bin/python scripts/demo.py --dir $(DEMO_DIR)
 
 test: $(VENV)/.installed ## run the whole test suite on the newest Airflow
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m $(PYTEST) $(PYTEST_ARGS)
 
-test-all: $(AIRFLOWS:%=test-%) ## run it on Airflow 2.11, 3.1, 3.2 and 3.3
+test-quick: $(VENV)/.installed ## run what takes no seconds: no process of Airflow's, no kills
+	@$(VENV)/bin/python -m $(PYTEST) -m 'not starts_airflow and not slow' $(PYTEST_ARGS)
 
-test-composer: $(IMAGES:%=test-%) ## run it with the versions of Cloud Composer's images
+test-all: test $(AIRFLOWS:%=test-%) ## and on Airflow 2.11, 3.1 and 3.2 what depends on it
+
+test-composer: $(IMAGES:%=test-%) ## the same with the versions of Cloud Composer's images
 
 test-$(NEWEST): test
 
 $(patsubst %,test-%,$(filter-out $(NEWEST),$(AIRFLOWS)) $(IMAGES)): test-%: $(VENV)-%/.installed
-	@$(VENV)-$*/bin/python -m pytest $(PYTEST_ARGS)
+	@$(VENV)-$*/bin/python -m $(PYTEST) -m airflow $(PYTEST_ARGS)
+
+lowest: $(VENV)-lowest/.installed ## the same, and core's requests, with the lowest versions pyproject.toml allows
+	@$(VENV)-lowest/bin/python -m $(PYTEST) -m airflow $(PYTEST_ARGS)
+	@$(VENV)-lowest/bin/python -m $(PYTEST) $(WIRE_TESTS) $(PYTEST_ARGS)
 
 test-kinetic: $(VENV)-kinetic/.installed ## run core's suite beside keras-kinetic, with no Airflow installed
-	@$(VENV)-kinetic/bin/python -m pytest tests/kinetic tests/core $(PYTEST_ARGS)
+	@$(VENV)-kinetic/bin/python -m $(PYTEST) tests/kinetic tests/core $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed ## ruff and mypy
+$(PYTHONS:%=test-python-%): test-python-%: $(VENV)-python-%/.installed # run what needs no Airflow on another Python
+	@$(VENV)-python-$*/bin/python -m $(PYTEST) $(CORE_TESTS) $(PYTEST_ARGS)
+
+test-light: $(VENV)-light/.installed ## check the wheel with its base dependencies only: size, upload, download
+	@$(UV) pip check --python $(VENV)-light/bin/python
+	@env -u PYTHONPATH $(VENV)-light/bin/python scripts/check_light_install.py
+
+test-cloud: $(VENV)/.installed ## run against real Cloud Storage: KERAS_REMOTE_TEST_BUCKET=gs://BUCKET make test-cloud
+	@$(VENV)/bin/python -m pytest tests/cloud -rs $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed ## ruff, mypy, the arrows between the rooms, what tests may replace
 	@$(VENV)/bin/python -m ruff check
 	@$(VENV)/bin/python -m ruff format --check
 	@$(VENV)/bin/python -m mypy
+	@$(VENV)/bin/lint-imports --no-logo
 
-lowest: $(VENV)-lowest/.installed ## run the suite with the lowest versions pyproject.toml allows
-	@$(VENV)-lowest/bin/python -m pytest $(PYTEST_ARGS)
+docs: $(VENV)-docs/.installed ## build the pages and the API reference into site/
+	@$(VENV)-docs/bin/python -m mkdocs build --strict --quiet
+
+dist: $(VENV)/.uv ## build the wheel and the source distribution into dist/; see CONTRIBUTING.md, Release
+	@$(UV) build --quiet --clear --out-dir dist
 
 bench: $(VENV)-bench/.installed ## measure against keras-kinetic and others; twenty minutes
 	@$(VENV)-bench/bin/python tests/benchmarks/run.py $(BENCH_ARGS)
 	@$(VENV)-bench/bin/python tests/benchmarks/pages.py
 
-constraints: $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench constraints-kinetic ## pin the newest versions again, for every Airflow line
+constraints: $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench constraints-kinetic constraints-core constraints-docs ## pin the newest versions again, for every Airflow line
 
 $(AIRFLOWS:%=constraints-%): constraints-%: $(VENV)/.uv
 	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-constraints
@@ -78,15 +107,15 @@ constraints-bench: $(VENV)/.uv
 	@$(UV) pip freeze --quiet --python $(VENV)-constraints/bin/python | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints/bench.txt
 	@rm -rf $(VENV)-constraints
 
-constraints-kinetic: $(VENV)/.uv
+constraints-kinetic constraints-core constraints-docs: constraints-%: $(VENV)/.uv
 	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-constraints
-	@$(UV) pip install --quiet --upgrade --python $(VENV)-constraints/bin/python $(KINETIC)
-	@$(UV) pip freeze --quiet --python $(VENV)-constraints/bin/python | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints/kinetic.txt
+	@$(UV) pip install --quiet --upgrade --python $(VENV)-constraints/bin/python $(INSTALLS_$*)
+	@$(UV) pip freeze --quiet --python $(VENV)-constraints/bin/python | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints/$*.txt
 	@rm -rf $(VENV)-constraints
 
 clean: ## remove the environments, the demo's folder and all caches
-	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-bench $(VENV)-kinetic $(VENV)-constraints $(AIRFLOWS:%=$(VENV)-%) $(IMAGES:%=$(VENV)-%) $(DEMO_DIR) .bench
-	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@rm -rf $(VENV) $(addprefix $(VENV)-,lowest bench kinetic light docs constraints $(AIRFLOWS) $(IMAGES) $(PYTHONS:%=python-%))
+	@rm -rf $(DEMO_DIR) .bench .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* build dist site
 
 # The stamps keep warm runs from asking uv again.
 $(VENV)/.uv:
@@ -107,12 +136,26 @@ $(VENV)-bench/.installed: $(VENV)/.uv pyproject.toml constraints/bench.txt
 	@$(UV) pip install --quiet --python $(VENV)-bench/bin/python --constraint constraints/bench.txt $(BENCHED)
 	@touch $@
 
-$(VENV)-kinetic/.installed: $(VENV)/.uv pyproject.toml constraints/kinetic.txt
-	@echo "Installing keras-kinetic, and this package without Airflow, into $(VENV)-kinetic ..."
-	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-kinetic
-	@$(UV) pip install --quiet --python $(VENV)-kinetic/bin/python --constraint constraints/kinetic.txt $(KINETIC)
-	@$(UV) pip install --quiet --python $(VENV)-kinetic/bin/python --no-deps --editable .
+$(VENV)-kinetic/.installed $(VENV)-docs/.installed: $(VENV)-%/.installed: $(VENV)/.uv pyproject.toml constraints/%.txt
+	@echo "Making $(VENV)-$* ..."
+	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-$*
+	@$(UV) pip install --quiet --python $(VENV)-$*/bin/python --constraint constraints/$*.txt $(INSTALLS_$*)
 	@touch $@
+
+$(PYTHONS:%=$(VENV)-python-%/.installed): $(VENV)-python-%/.installed: $(VENV)/.uv pyproject.toml constraints/core.txt
+	@python=$$($(PYTHON) scripts/find_python.py $*) || { echo "no Python $* was found"; exit 1; }; \
+	echo "Making $(VENV)-python-$* with $$python ..."; \
+	$(UV) venv --quiet --clear --python "$$python" $(VENV)-python-$*
+	@$(UV) pip install --quiet --python $(VENV)-python-$*/bin/python --constraint constraints/core.txt $(CORE)
+	@touch $@
+
+# Of what is in the wheel, so it is made anew each time.
+.PHONY: $(VENV)-light/.installed
+$(VENV)-light/.installed: $(VENV)/.uv
+	@echo "Building the wheel, and installing it into $(VENV)-light ..."
+	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-light
+	@$(UV) build --quiet --wheel --out-dir $(VENV)-light/dist
+	@$(UV) pip install --quiet --python $(VENV)-light/bin/python --constraint constraints/core.txt $(VENV)-light/dist/*.whl
 
 $(VENV)-%/.installed: $(VENV)/.uv pyproject.toml constraints/airflow-%.txt
 	@echo "Installing Airflow $* and the tools into $(VENV)-$* ..."

@@ -9,10 +9,12 @@ Nothing here imports Airflow, so the tests of `core` pay nothing for it, and the
 every Airflow line.
 """
 
+import fcntl
 import gc
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -34,6 +36,16 @@ _HERE = Path(__file__).parent
 _OUR_FILE = r"\b(?:keras_remote_airflow|dags)/[\w/]+\.py\b"
 _WILL_GO = r"\b(?:\w*Deprecat\w*|Future|RemovedIn\w+|User)Warning\b"
 _OUR_WARNING = re.compile(f".*{_OUR_FILE}.*{_WILL_GO}.*|.*{_WILL_GO}.*{_OUR_FILE}.*")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts Airflow, by its fixtures, and what depends on it, by its place as well."""
+    for item in items:
+        starts_airflow = "new_airflow_home" in getattr(item, "fixturenames", ())
+        if starts_airflow:
+            item.add_marker("starts_airflow")
+        if starts_airflow or item.path.parent in {_HERE / "airflow", _HERE / "dags"}:
+            item.add_marker("airflow")
 
 
 @pytest.fixture
@@ -84,7 +96,9 @@ def new_airflow_home(
 
 
 @pytest.fixture(scope="session")
-def airflow_home(new_airflow_home: Callable[[], dict[str, str]]) -> dict[str, str]:
+def airflow_home(
+    new_airflow_home: Callable[[], dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """Environment of a subprocess that has an Airflow of its own, its database migrated.
 
     `google_cloud_default` is an anonymous connection with project "test-project"; point
@@ -98,7 +112,17 @@ def airflow_home(new_airflow_home: Callable[[], dict[str, str]]) -> dict[str, st
             }
         ),
     }
-    _run([*_AIRFLOW, "db", "migrate"], env, timeout=240)
+    database = Path(env["AIRFLOW_HOME"], "airflow.db")
+    # pytest-xdist's processes have folders of their own beside each other; one of them migrates.
+    folder = tmp_path_factory.getbasetemp()
+    shared = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "migrated.db"
+    with shared.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if shared.exists():
+            shutil.copy(shared, database)
+        else:
+            _run([*_AIRFLOW, "db", "migrate"], env, timeout=240)
+            shutil.copy(database, shared)
     return env
 
 
