@@ -28,7 +28,7 @@ class Data:
         if not isinstance(path, str | os.PathLike):
             raise InvalidInputError(
                 f"data path must be a path or a gs:// URI, found {path!r}. If it comes from a "
-                "template or an XCom, that gave nothing"
+                "template or an XCom, that one is empty"
             )
         path = os.fspath(path)
         if not path:
@@ -45,7 +45,7 @@ class Data:
         if not os.path.lexists(self._path):
             hint = "Check the path, and that this machine is the one that has the data."
             if _URI_LIKE.match(path):
-                hint = "If it is meant as a URI: only gs://bucket/name is understood, spelled so."
+                hint = "If it is meant as a URI, write gs://bucket/name: nothing else is understood."
             raise DataNotFoundError(
                 f"data path does not exist: {path} (resolved to {self._path}). {hint}"
             )

@@ -77,7 +77,7 @@ def get_layout(name: str) -> Layout:
 class CacheKey:
     """The place of one dataset: bucket, namespace, content hash and layout, all valid.
 
-    Raises InvalidInputError for one that is not.
+    Raises InvalidInputError if one of them is not.
     """
 
     bucket: str

@@ -18,7 +18,7 @@ from keras_remote_airflow.core.disk.destination import partial_name
 from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, StoreError
 from keras_remote_airflow.core.layout import CacheKey, get_layout
-from keras_remote_airflow.core.refs import DataRef
+from keras_remote_airflow.core.refs import DataRef, parse_data_ref
 
 from .conftest import on_disk, writes
 from .memory_store import MemoryStore
@@ -72,9 +72,8 @@ def test_relative_destination_is_returned_absolute(single, directory, tmp_path, 
     assert materialize(single, "one") == str(tmp_path / "one" / "config.json")
 
 
-@pytest.mark.parametrize("spell", [json.dumps, repr])
-def test_ref_may_be_text(directory, tmp_path, spell):
-    assert on_disk(tmp_path / "out") == {}
+@pytest.mark.parametrize("spell", [json.dumps, repr, parse_data_ref])
+def test_ref_may_be_text_or_parsed(directory, tmp_path, spell):
     materialize(spell(directory), str(tmp_path / "out"))
     assert on_disk(tmp_path / "out") == WANTED
 

@@ -78,6 +78,24 @@ def test_kinetic_ref_that_has_only_uri_is_understood(spell):
     assert parsed.cache_key == CacheKey("bucket", "default", HASH, KINETIC)
 
 
+def test_parsed_ref_is_taken_as_it_is():
+    ref = DataRef(URI, True, "/data", KINETIC)
+    assert parse_data_ref(ref) is ref
+
+
+@pytest.mark.parametrize("uri", ["", "/data", "s3://bucket/x", "gs://", "gs://Not_A_Bucket/x"])
+def test_there_is_no_parsed_ref_to_what_cloud_storage_cannot_hold(uri):
+    with pytest.raises(InvalidInputError):
+        DataRef(uri, True)
+
+
+def test_parsed_ref_knows_its_bucket_and_its_object():
+    ref = DataRef("gs://bucket/raw/train.csv", False)
+    assert (ref.bucket, ref.object_name) == ("bucket", "raw/train.csv")
+    assert not ref.is_prefix
+    assert DataRef(URI, False).is_prefix
+
+
 def test_ref_of_layout_kinetic_carries_both_generations_of_keys():
     ref = DataRef(URI, True, None, KINETIC).to_dict()
     assert ref == {**KINETIC_REF, "gcs_uri": URI}

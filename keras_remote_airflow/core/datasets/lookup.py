@@ -26,8 +26,9 @@ class CacheEntry:
         gcs_uri: where it is, without a trailing slash.
         is_dir: whether it is a directory; None if its marker does not say.
         files: number of data objects; None if its marker does not say.
-        bytes: their total size; None likewise.
-        published_at: when its marker was written, RFC 3339 in UTC; None likewise. Not compared.
+        bytes: their total size; None if its marker does not say.
+        published_at: when its marker was written, RFC 3339 in UTC; None if the marker does not say.
+            Not compared.
     """
 
     gcs_uri: str
@@ -130,7 +131,7 @@ def _check_receipt(receipt: Receipt | None, key: CacheKey, snapshot: Snapshot) -
 
 
 def _may_be_whole(store: ObjectStore, key: CacheKey) -> bool:
-    """Whether an entry can be whole whose marker, of another client, does not tell its objects."""
+    """Whether there is anything under a marker of another client, which does not say how much."""
     if key.content_hash == EMPTY_DIRECTORY_HASH:
         return True
     return any(data_objects(list_objects(store, key.prefix), key.prefix))
@@ -139,9 +140,9 @@ def _may_be_whole(store: ObjectStore, key: CacheKey) -> bool:
 def _shortfall(
     store: ObjectStore, key: CacheKey, receipt: Receipt, *, only_first_page: bool
 ) -> str | None:
-    """Say in words what is missing under `key` by its receipt; None if nothing seems to be.
+    """Return in words how the objects under `key` fall short of the receipt, or None.
 
-    Raises ConflictError if there is more than the receipt says.
+    Raises ConflictError if they are more than the receipt says.
     """
     if only_first_page:
         page = first_page(store, key.prefix)

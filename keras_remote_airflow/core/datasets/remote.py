@@ -87,12 +87,12 @@ class RemoteData:
         return None
 
     def problem(self, snapshot: Snapshot) -> str | None:
-        """Say in words how data on disk differs from what the ref names; None if it does not.
+        """Return in words how data on disk differs from what the ref names, or None if they agree.
 
         Data in a cache is compared by its content hash, other data by sizes and CRC32Cs.
 
         Raises:
-            InvalidInputError: the data is what the ref names, but for the ref's `is_dir`.
+            InvalidInputError: the data is what the ref names, but the ref's `is_dir` is wrong.
         """
         if self.key is not None and snapshot.content_hash == self.key.content_hash:
             return None
