@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import tempfile
 import tracemalloc
@@ -161,9 +162,10 @@ def test_destination_that_holds_something_else_is_refused_and_untouched(director
     materialize(directory, str(dest))
     spoil(dest)
     before = on_disk(dest)
-    with pytest.raises(InvalidInputError, match="holds something other") as caught:
+    with pytest.raises(InvalidInputError) as caught:
         materialize(directory, str(dest))
     assert str(dest) in str(caught.value)
+    assert directory["gcs_uri"] in str(caught.value)
     assert on_disk(dest) == before
     assert sorted(os.listdir(tmp_path)) == ["data", "out"]
 
@@ -181,7 +183,7 @@ def test_directory_of_that_name_is_refused_before_anything_is_fetched(single, tm
     dest = tmp_path / "out"
     (dest / "config.json").mkdir(parents=True)
     gcs_server.clear_requests()
-    with pytest.raises(InvalidInputError, match=r"config\.json is a directory"):
+    with pytest.raises(InvalidInputError, match=str(dest / "config.json")):
         materialize(single, str(dest))
     assert not any("media" in str(request.query) for request in gcs_server.requests)
     assert os.listdir(dest) == ["config.json"]
@@ -194,7 +196,7 @@ def test_unreadable_marker_does_not_hide_what_is_wrong(directory, tmp_path, gcs_
     dest = tmp_path / "out"
     dest.mkdir()
     (dest / "mine").touch()
-    with pytest.raises(InvalidInputError, match="mine has no object"):
+    with pytest.raises(InvalidInputError, match=r"\bmine\b"):
         materialize(directory, str(dest))
 
 
@@ -394,7 +396,7 @@ def test_object_name_that_leads_out_is_refused_before_it_is_fetched(
 ):
     gcs_server.put(gcs_bucket, f"{prefix}/{name}", b"owned")
     inside = tmp_path / "deep" / "inside"
-    with pytest.raises(InvalidInputError, match="unsafe relative path"):
+    with pytest.raises(InvalidInputError, match=re.escape(repr(name))):
         materialize(make_data_ref(f"gs://{gcs_bucket}/{prefix}", True), str(inside / "out"))
     assert on_disk(tmp_path) == {}
     assert writes(gcs_server) == []
@@ -419,21 +421,21 @@ def test_text_that_is_no_ref_is_refused_before_a_client_is_made(monkeypatch):
     from google.cloud import storage
 
     monkeypatch.setattr(storage, "Client", lambda **_: pytest.fail("a client was made"))
-    with pytest.raises(InvalidInputError, match="not a data ref"):
+    with pytest.raises(InvalidInputError, match="gs://bucket/data"):
         materialize("gs://bucket/data")
 
 
 def test_destination_that_is_a_file_is_refused_and_untouched(single, tmp_path):
     dest = tmp_path / "out"
     dest.write_text("mine")
-    with pytest.raises(InvalidInputError, match="is not a directory"):
+    with pytest.raises(InvalidInputError, match=str(dest)):
         materialize(single, str(dest))
     assert dest.read_text() == "mine"
 
 
 def test_directory_that_is_none_is_named_as_the_file_it_is(single, tmp_path):
     single["is_dir"] = True
-    with pytest.raises(InvalidInputError, match=r"is_dir=True, but .* is a single file"):
+    with pytest.raises(InvalidInputError, match=f"is_dir=True.*{single['gcs_uri']}"):
         materialize(single, str(tmp_path / "out"))
 
 
@@ -455,7 +457,7 @@ def test_prepared_empty_directory_keeps_its_mode(directory, tmp_path):
 def test_current_directory_is_not_replaced(directory, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(InvalidInputError, match="current directory"):
+    with pytest.raises(InvalidInputError, match=str(tmp_path / "here")):
         materialize(directory, ".")
     assert os.getcwd() == str(tmp_path / "here")
 
@@ -468,7 +470,7 @@ def test_tilde_in_the_destination_is_the_home_directory(directory, tmp_path, mon
 def test_link_to_an_empty_directory_is_refused_with_its_target(directory, tmp_path):
     (tmp_path / "scratch").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "scratch")
-    with pytest.raises(InvalidInputError, match=r"is a link.*scratch"):
+    with pytest.raises(InvalidInputError, match=str(tmp_path / "scratch")):
         materialize(directory, str(tmp_path / "out"))
 
 
@@ -477,7 +479,7 @@ def test_wrong_destination_is_read_once(directory, tmp_path, tree, monkeypatch):
     seen = []
     real = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: seen.append(path) or real(path))
-    with pytest.raises(InvalidInputError, match="holds something other"):
+    with pytest.raises(InvalidInputError, match=str(dest)):
         materialize(directory, str(dest))
     assert seen.count(f"{dest}/") == 1
 
@@ -501,23 +503,20 @@ def stored_as(snapshot, digests):
 
 
 @pytest.mark.parametrize(
-    ("digests", "expected"),
+    ("digests", "named"),
     [
-        ({"sub/eval.csv": "ab" * 32}, "sub/eval.csv is not the file that was hashed; "),
-        ({"train.csv": None}, "train.csv was added or replaced by something else; "),
-        (
-            {"sub/eval.csv": "ab" * 32, "train.csv": None},
-            "train.csv was added or replaced by something else; "
-            "sub/eval.csv is not the file that was hashed; ",
-        ),
-        (dict.fromkeys(FILES), ""),  # other clients attach none
+        ({"sub/eval.csv": "ab" * 32}, ["sub/eval.csv"]),
+        ({"train.csv": None}, ["train.csv"]),
+        ({"sub/eval.csv": "ab" * 32, "train.csv": None}, ["train.csv", "sub/eval.csv"]),
+        (dict.fromkeys(FILES), []),  # other clients attach none
     ],
     ids=["replaced", "added", "both", "another client"],
 )
-def test_file_that_its_uploader_did_not_hash_is_named(tree, digests, expected):
+def test_file_that_its_uploader_did_not_hash_is_named(tree, digests, named):
     snapshot = take_snapshot(str(tree(FILES)))
-    problem = stored_as(snapshot, digests).problem(snapshot)
-    assert problem == f"{expected}its content hash is {snapshot.content_hash}"
+    *faults, last = stored_as(snapshot, digests).problem(snapshot).split("; ")
+    assert [fault.split()[0] for fault in faults] == named
+    assert snapshot.content_hash in last
 
 
 class Listing(MemoryStore):
@@ -546,5 +545,5 @@ def test_finding_what_is_wrong_takes_little_memory_however_many_objects_there_ar
     problem = source.problem(snapshot)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert problem.count("is not the file that was hashed") == 5
+    assert len(re.findall(r"\b\d{4}\b", problem)) == 5  # the first names
     assert peak < 150 * many
