@@ -1,151 +1,170 @@
-"""How far long work has come: a log line now and then, or a bar where somebody watches."""
+"""How far long work has come: told to a callback of the caller's, or in log lines now and then."""
 
 import logging
-import os
-import sys
 import threading
 import time
-from typing import Any, Self
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
-# Seconds between two log lines, and between two states of a bar.
-_LINE_INTERVAL = 30.0
-_BAR_INTERVAL = 0.1
-# Work that takes no longer than this many seconds shows no bar.
-_BAR_DELAY = 1.0
+LINE_INTERVAL_SECONDS = 30.0
+CALLBACK_INTERVAL_SECONDS = 0.1
+
+
+class ProgressUpdate(NamedTuple):
+    """How far the work has come.
+
+    Attributes:
+        activity: what is going on, such as "Hashing", "Uploading" or "Downloading".
+        files: number of files that are done.
+        bytes: bytes that are done, those of unfinished files included.
+        total_files: number of files to be done; None if it is not known.
+        total_bytes: their size; None if it is not known.
+        seconds: how long it has taken so far.
+    """
+
+    activity: str
+    files: int
+    bytes: int
+    total_files: int | None
+    total_bytes: int | None
+    seconds: float
+
+
+ProgressCallback = Callable[[ProgressUpdate], None]
 
 
 class Progress:
-    """Counts files and bytes, and says so; safe to call from any thread.
+    """Counts files and bytes, and tells about them; safe to call from any thread.
 
-    A context manager that shows a tqdm bar if stderr is a terminal. Inside an Airflow task, without
-    tqdm, or if it is never entered, it logs a line at most every 30 s instead.
+    Without a callback it logs a line at most every 30 s. A callback is called instead, at most
+    every 0.1 s and once when the work is done. It is called from the threads that do the work, but
+    never from two at once; what it raises ends the work.
+
+    As a context manager, entering it starts the clock and leaving it says that the work is done.
 
     Attributes:
-        files: how many are done.
+        files: number of files that are done.
         bytes: their size.
 
     Args:
-        log: the logger of whoever does the work.
-        activity: what is going on, such as "Uploading to gs://…"; a bar shows its first word.
+        log: the logger for the lines.
+        activity: the verb, such as "Uploading".
+        subject: what is worked on, such as a path or URI; it ends the line.
+        callback: what is called instead of logging.
+        clock: seconds of a clock that never goes back.
     """
 
-    def __init__(self, log: logging.Logger, activity: str) -> None:
+    def __init__(
+        self,
+        log: logging.Logger,
+        activity: str,
+        subject: str = "",
+        callback: ProgressCallback | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.files = 0
         self.bytes = 0
         self._log = log
         self._activity = activity
+        self._subject = subject
+        self._callback = callback
+        self._clock = clock
+        self._interval = LINE_INTERVAL_SECONDS if callback is None else CALLBACK_INTERVAL_SECONDS
         self._total_files: int | None = None
         self._total_bytes: int | None = None
-        self._moving = 0  # bytes of files that are not done yet
-        self._bar: Any = None
-        self._interval = _LINE_INTERVAL
-        self._lock = threading.Lock()
-        self._begin()
+        self._unfinished_bytes = 0
+        self._counting = threading.Lock()
+        self._telling = threading.Lock()
+        self._start_clock()
 
-    def _begin(self) -> None:
-        self._start = time.monotonic()
-        self._next = self._start + self._interval
+    def _start_clock(self) -> None:
+        self._started = self._clock()
+        self._next = self._started + self._interval
 
     def __enter__(self) -> Self:
-        self._bar = _make_bar(self._activity.partition(" ")[0])
-        if self._bar is not None:
-            self._interval = _BAR_INTERVAL
-        self._begin()
+        self._start_clock()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._draw()
-            self._bar.close()
-            self._bar = None
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._callback is not None:
+            with self._telling:
+                self._callback(self._update())
 
     @property
     def seconds(self) -> float:
-        """Seconds since the work began: since this was made, or entered."""
-        return time.monotonic() - self._start
+        """Seconds since this was made, or entered."""
+        return self._clock() - self._started
 
     def expect(self, files: int, size: int) -> None:
-        """Say what is still to be done: with it the time left can be told."""
-        with self._lock:
+        """Say how many files and bytes are still to be done."""
+        with self._counting:
             self._total_files = self.files + files
             self._total_bytes = self.bytes + size
 
-    def add(self, files: int, size: int) -> None:
-        """Count `files` more files done and `size` more bytes."""
-        with self._lock:
-            self.files += files
-            self.bytes += size
-            now = time.monotonic()
-            if now < self._next:
-                return
-            self._next = now + self._interval
-        self._tell()
-
-    def move(self, size: int) -> None:
-        """Count bytes of a file that is not done yet, or take back as many if `size` is negative.
-
-        Whoever does takes back all of them before the file is done.
-        """
-        with self._lock:
-            self._moving += size
-            now = time.monotonic()
-            if size <= 0 or now < self._next:
-                return
-            self._next = now + self._interval
-        self._tell()
-
     def skip(self, files: int, size: int) -> None:
-        """Expect that much less: somebody else has done it."""
-        with self._lock:
+        """Expect that much less, because another process has done it."""
+        with self._counting:
             if self._total_files is not None and self._total_bytes is not None:
                 self._total_files -= files
                 self._total_bytes -= size
 
+    def add(self, files: int, size: int) -> None:
+        """Count `files` more files done and `size` more bytes."""
+        with self._counting:
+            self.files += files
+            self.bytes += size
+        self._tell_if_due()
+
+    def move(self, size: int) -> None:
+        """Count bytes of an unfinished file, or take back as many if `size` is negative.
+
+        All of them must be taken back before the file is counted as done.
+        """
+        with self._counting:
+            self._unfinished_bytes += size
+        if size > 0:
+            self._tell_if_due()
+
+    def _tell_if_due(self) -> None:
+        # If another thread is telling just now, this thread has nothing to add.
+        if self._clock() < self._next or not self._telling.acquire(blocking=False):
+            return
+        try:
+            if (now := self._clock()) >= self._next:
+                self._next = now + self._interval
+                self._tell()
+        finally:
+            self._telling.release()
+
     def _tell(self) -> None:
-        if self._bar is not None:
-            self._draw()
+        if self._callback is None:
+            self._log.info("%s", _line(self._update(), self._subject))
         else:
-            self._log.info("%s", self._line())
+            self._callback(self._update())
 
-    def _draw(self) -> None:
-        self._bar.total = self._total_bytes
-        self._bar.set_postfix_str(f"{self._count()} files", refresh=False)
-        self._bar.update(self.bytes + self._moving - self._bar.n)
-
-    def _count(self) -> str:
-        return f"{self.files}/{self._total_files}" if self._total_files else f"{self.files}"
-
-    def _line(self) -> str:
-        done = self.bytes + self._moving
-        rate = done / max(self.seconds, 1e-9)
-        line = f"{self._activity}: {self._count()} files, {format_bytes(done)}"
-        if self._total_bytes:
-            line += f" of {format_bytes(self._total_bytes)}"
-        line += f", {format_bytes(rate)}/s"
-        if self._total_bytes and rate:
-            line += f", about {max(0, self._total_bytes - done) / rate:.0f} s left"
-        return line
+    def _update(self) -> ProgressUpdate:
+        with self._counting:
+            return ProgressUpdate(
+                self._activity,
+                self.files,
+                self.bytes + self._unfinished_bytes,
+                self._total_files,
+                self._total_bytes,
+                self.seconds,
+            )
 
 
-def _make_bar(activity: str) -> Any:
-    """Return a tqdm bar where somebody at a terminal watches, else None."""
-    # Airflow sets this one for the time a task runs; its log is where progress belongs, even if
-    # `dag.test()` was called from a terminal.
-    if "AIRFLOW_CTX_DAG_ID" in os.environ or not (sys.stderr and sys.stderr.isatty()):
-        return None
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
-
-        return tqdm(
-            desc=activity,
-            unit="B",
-            unit_scale=True,
-            dynamic_ncols=True,
-            delay=_BAR_DELAY,
-            miniters=0,
-        )
-    except (ImportError, KeyError):  # KeyError: old ones know no delay
-        return None
+def _line(update: ProgressUpdate, subject: str) -> str:
+    of_files = f"/{update.total_files}" if update.total_files else ""
+    unit = "file" if (update.total_files or update.files) == 1 else "files"
+    line = f"{update.activity} {update.files}{of_files} {unit}, {format_bytes(update.bytes)}"
+    if update.total_bytes:
+        line += f" of {format_bytes(update.total_bytes)}"
+    rate = update.bytes / max(update.seconds, 1e-9)
+    line += f", {format_bytes(rate)}/s"
+    if update.total_bytes and rate:
+        line += f", about {max(0, update.total_bytes - update.bytes) / rate:.0f} s left"
+    return f"{line}: {subject}" if subject else line
 
 
 def format_bytes(count: float) -> str:

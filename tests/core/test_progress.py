@@ -1,13 +1,7 @@
-"""What long work tells: a line now and then, or a bar at a terminal."""
+"""What long work tells: a log line now and then, or calls of the caller's function."""
 
-import importlib.util
 import logging
-import os
-import pty
 import re
-import subprocess
-import sys
-import termios
 import threading
 
 import pytest
@@ -20,7 +14,7 @@ from keras_remote_airflow.core.datasets.remote import RemoteData
 from keras_remote_airflow.core.datasets.upload import publish, upload
 from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey
-from keras_remote_airflow.core.progress import Progress
+from keras_remote_airflow.core.progress import Progress, ProgressUpdate, format_bytes
 from keras_remote_airflow.core.refs import DataRef
 
 from .memory_store import MemoryStore
@@ -30,20 +24,18 @@ MB = 1_000_000
 
 
 class Clock:
-    """Stands in for the time module."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
-    return clock
+def clock():
+    return Clock()
 
 
 @pytest.fixture
@@ -54,36 +46,36 @@ def lines(caplog):
 
 
 def test_line_comes_every_30_seconds_and_tells_files_bytes_and_rate(clock, lines):
-    progress = Progress(LOG, "Hashing here")
+    progress = Progress(LOG, "Hashing", "/data", clock=clock)
     for _ in range(100):
         clock.now += 1
         progress.add(2, 3 * MB)
     assert lines() == [
-        "Hashing here: 60 files, 90.0 MB, 3.0 MB/s",
-        "Hashing here: 120 files, 180.0 MB, 3.0 MB/s",
-        "Hashing here: 180 files, 270.0 MB, 3.0 MB/s",
+        "Hashing 60 files, 90.0 MB, 3.0 MB/s: /data",
+        "Hashing 120 files, 180.0 MB, 3.0 MB/s: /data",
+        "Hashing 180 files, 270.0 MB, 3.0 MB/s: /data",
     ]
 
 
 def test_line_of_a_total_tells_the_time_left(clock, lines):
-    progress = Progress(LOG, "Uploading")
+    progress = Progress(LOG, "Uploading", clock=clock)
     progress.expect(10, 100 * MB)
     clock.now += 40
     progress.add(4, 20 * MB)
-    assert lines() == ["Uploading: 4/10 files, 20.0 MB of 100.0 MB, 500.0 kB/s, about 160 s left"]
+    assert lines() == ["Uploading 4/10 files, 20.0 MB of 100.0 MB, 500.0 kB/s, about 160 s left"]
 
 
-def test_bytes_of_a_file_under_way_count_and_are_told(clock, lines):
-    progress = Progress(LOG, "Uploading")
+def test_bytes_of_an_unfinished_file_count_and_are_told(clock, lines):
+    progress = Progress(LOG, "Uploading", clock=clock)
     progress.expect(1, 100 * MB)
     clock.now += 50
     progress.move(25 * MB)
-    assert lines() == ["Uploading: 0/1 files, 25.0 MB of 100.0 MB, 500.0 kB/s, about 150 s left"]
+    assert lines() == ["Uploading 0/1 file, 25.0 MB of 100.0 MB, 500.0 kB/s, about 150 s left"]
     assert (progress.files, progress.bytes) == (0, 0)
 
 
 def test_bytes_that_are_sent_again_count_once(clock, lines):
-    progress = Progress(LOG, "Uploading")
+    progress = Progress(LOG, "Uploading", clock=clock)
     progress.move(60 * MB)
     progress.move(-20 * MB)
     clock.now += 100
@@ -92,13 +84,13 @@ def test_bytes_that_are_sent_again_count_once(clock, lines):
     clock.now += 100
     progress.add(1, 80 * MB)
     assert lines() == [
-        "Uploading: 0 files, 50.0 MB, 500.0 kB/s",
-        "Uploading: 1 files, 80.0 MB, 400.0 kB/s",
+        "Uploading 0 files, 50.0 MB, 500.0 kB/s",
+        "Uploading 1 file, 80.0 MB, 400.0 kB/s",
     ]
 
 
 def test_clock_starts_with_the_work(clock, lines):
-    progress = Progress(LOG, "Uploading")
+    progress = Progress(LOG, "Uploading", clock=clock)
     clock.now += 3600
     with progress:
         progress.add(1, MB)
@@ -106,16 +98,92 @@ def test_clock_starts_with_the_work(clock, lines):
         clock.now += 31
         progress.add(1, 30 * MB)
         assert progress.seconds == 31
-    assert lines() == ["Uploading: 2 files, 31.0 MB, 1.0 MB/s"]
+    assert lines() == ["Uploading 2 files, 31.0 MB, 1.0 MB/s"]
 
 
-def test_what_somebody_else_does_is_not_waited_for(clock, lines):
-    progress = Progress(LOG, "Uploading")
+def test_what_another_process_does_is_not_waited_for(clock, lines):
+    progress = Progress(LOG, "Uploading", clock=clock)
     progress.expect(10, 100 * MB)
     progress.skip(5, 40 * MB)
     clock.now += 30
     progress.add(1, 30 * MB)
-    assert lines() == ["Uploading: 1/5 files, 30.0 MB of 60.0 MB, 1.0 MB/s, about 30 s left"]
+    assert lines() == ["Uploading 1/5 files, 30.0 MB of 60.0 MB, 1.0 MB/s, about 30 s left"]
+
+
+def test_callback_is_called_every_tenth_of_a_second_and_at_the_end(clock, lines):
+    updates = []
+    with Progress(LOG, "Uploading", "gs://b/d", updates.append, clock=clock) as progress:
+        progress.expect(100, 100 * MB)
+        for _ in range(100):
+            clock.now += 0.0101
+            progress.add(1, MB)
+    assert lines() == []
+    assert [update.files for update in updates] == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 100]
+    seconds = pytest.approx(1.01)
+    assert updates[-1] == ProgressUpdate("Uploading", 100, 100 * MB, 100, 100 * MB, seconds)
+
+
+def test_callback_is_told_of_totals_only_where_they_are_known(clock):
+    updates = []
+    with Progress(LOG, "Hashing", callback=updates.append, clock=clock) as progress:
+        progress.move(5)
+    assert updates == [ProgressUpdate("Hashing", 0, 5, None, None, 0.0)]
+
+
+def test_what_a_callback_raises_ends_the_work(clock):
+    def cancel(update: ProgressUpdate) -> None:
+        raise KeyboardInterrupt
+
+    progress = Progress(LOG, "Uploading", callback=cancel, clock=clock)
+    clock.now += 1
+    with pytest.raises(KeyboardInterrupt):
+        progress.add(1, 1)
+    clock.now += 1
+    with pytest.raises(KeyboardInterrupt):  # and nothing stays locked
+        progress.add(1, 1)
+
+
+def test_callback_is_never_called_after_a_failure():
+    updates = []
+    with pytest.raises(OSError, match="full"), Progress(LOG, "Hashing", callback=updates.append):
+        raise OSError("full")
+    assert updates == []
+
+
+def test_callback_is_never_called_from_two_threads_at_once(monkeypatch):
+    monkeypatch.setattr(module, "CALLBACK_INTERVAL_SECONDS", 0.0)
+    inside, entered, leave = [], threading.Event(), threading.Event()
+
+    def callback(update: ProgressUpdate) -> None:
+        inside.append(update)
+        entered.set()
+        leave.wait(10)
+
+    progress = Progress(LOG, "Hashing", callback=callback)
+    thread = threading.Thread(target=progress.add, args=(1, 1))
+    thread.start()
+    assert entered.wait(10)
+    progress.add(1, 1)  # returns at once
+    assert len(inside) == 1
+    leave.set()
+    thread.join(10)
+    progress.add(1, 1)
+    assert [update.files for update in inside] == [1, 3]
+
+
+def test_hashing_tells_a_callback_how_far_it_is(tree):
+    updates = []
+    snapshot = take_snapshot(str(tree({"a": "12", "b/c": "345"})), progress=updates.append)
+    assert updates[-1][:5] == ("Hashing", 2, 5, None, None)
+    assert snapshot.total_bytes == 5
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2_500_000, "2.5 MB"), (4.2e12, "4.2 TB")],
+)
+def test_bytes_are_shown_in_powers_of_a_thousand(count, text):
+    assert format_bytes(count) == text
 
 
 class SlowStore(MemoryStore):
@@ -140,23 +208,23 @@ def test_after_a_resume_the_time_left_is_that_of_what_is_missing(tree, clock, li
     store = SlowStore(clock)
     for name in ("0", "1"):
         store.replace(key.object_name(name), b"x" * 3100)
-    publish(store, key, snapshot, Progress(LOG, "Uploading"))
+    publish(store, key, snapshot, Progress(LOG, "Uploading", clock=clock))
     assert lines() == [
-        "Uploading: 1/2 files, 3.1 kB of 6.2 kB, 100 B/s, about 31 s left",
-        "Uploading: 2/2 files, 6.2 kB of 6.2 kB, 100 B/s, about 0 s left",
+        "Uploading 1/2 files, 3.1 kB of 6.2 kB, 100 B/s, about 31 s left",
+        "Uploading 2/2 files, 6.2 kB of 6.2 kB, 100 B/s, about 0 s left",
     ]
 
 
 @pytest.fixture
 def told(monkeypatch, lines):
     """Every state is a line."""
-    monkeypatch.setattr(module, "_LINE_INTERVAL", 0.0)
+    monkeypatch.setattr(module, "LINE_INTERVAL_SECONDS", 0.0)
     return lines
 
 
 def amounts(lines, activity):
     return [
-        re.match(r"[^:]+: (\S+) files, (\S+ \S+ of \S+ \S+),", line.replace("gs:", ""))[2]
+        re.search(r" files?, (\S+ \S+ of \S+ \S+),", line)[1]
         for line in lines
         if line.startswith(activity)
     ]
@@ -182,7 +250,8 @@ def test_hashing_has_a_total_of_one_file_and_of_what_was_downloaded(
     assert amounts(told(), "Hashing")[-1] == "21.0 MB of 21.0 MB"
     ref = make_data_ref(upload(gcs_bucket, root).gcs_uri, True)
     materialize(ref, str(tmp_path / "copy"))
-    assert amounts(told(), f"Hashing {tmp_path}/.keras-remote")[-1] == "21.0 MB of 21.0 MB"
+    told_again = [line for line in told() if f"{tmp_path}/.keras-remote" in line]
+    assert amounts(told_again, "Hashing")[-1] == "21.0 MB of 21.0 MB"
 
 
 def test_download_of_more_than_one_batch_has_the_totals_of_the_receipt(
@@ -194,78 +263,3 @@ def test_download_of_more_than_one_batch_has_the_totals_of_the_receipt(
         download(RemoteData(store, DataRef(uri, True)), str(tmp_path / "copy"), batch_objects=2)
     steps = amounts(told(), "Downloading")
     assert steps == [f"{size} B of 20 B" for size in (4, 8, 12, 16, 20)]
-
-
-AT_A_TERMINAL = """
-import logging, sys, time
-from keras_remote_airflow.core import progress
-progress._BAR_DELAY = progress._LINE_INTERVAL = 0.0
-logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-if sys.argv[1] == "without":
-    sys.modules["tqdm"] = None
-with progress.Progress(logging.getLogger(), "Uploading to gs://bucket/name") as bar:
-    bar.expect(2, 8_000_000)
-    for _ in range(4):
-        time.sleep(0.11)
-        bar.move(1_000_000)
-    bar.move(-4_000_000)
-    bar.add(2, 8_000_000)
-"""
-
-
-def at_a_terminal(tqdm: str, **env: str) -> str:
-    """Return what a process says on its stderr, which is a terminal."""
-    ours, its = pty.openpty()
-    termios.tcsetwinsize(its, (25, 100))
-    said = []
-
-    def listen() -> None:
-        try:
-            while text := os.read(ours, 4096):
-                said.append(text)
-        except OSError:  # Linux says so when the last process has closed the terminal
-            pass
-
-    listener = threading.Thread(target=listen)
-    listener.start()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", AT_A_TERMINAL, tqdm],
-            env=os.environ | env,
-            stderr=its,
-            timeout=60,
-        )
-    finally:
-        os.close(its)
-        listener.join(10)
-        os.close(ours)
-    text = b"".join(said).decode()
-    assert done.returncode == 0, text
-    return text
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("tqdm"), reason="tqdm is optional")
-def test_terminal_shows_a_bar_and_no_lines():
-    text = at_a_terminal("with")
-    assert "INFO" not in text
-    assert re.search(r"Uploading: +\d+%.*\d\.00M/8\.00M .*B/s, 0/2 files\]", text)
-    assert re.search(r"Uploading: 100%.*8\.00M/8\.00M .*B/s, 2/2 files\]", text)
-
-
-@pytest.mark.parametrize(
-    ("tqdm", "env"),
-    [("without", {}), ("with", {"AIRFLOW_CTX_DAG_ID": "dag"})],
-    ids=["without tqdm", "in an Airflow task"],
-)
-def test_terminal_shows_lines_where_there_is_no_bar(tqdm, env):
-    text = at_a_terminal(tqdm, **env)
-    assert "Uploading to gs://bucket/name: 0/2 files, 1.0 MB of 8.0 MB" in text
-    assert "%" not in text
-
-
-def test_no_terminal_shows_lines():
-    done = subprocess.run(
-        [sys.executable, "-c", AT_A_TERMINAL, "with"], capture_output=True, text=True, timeout=60
-    )
-    assert "2/2 files, 8.0 MB of 8.0 MB" in done.stderr
-    assert "%" not in done.stderr
