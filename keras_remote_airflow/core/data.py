@@ -83,8 +83,7 @@ class Data:
                 readable file.
             DataChangedError: a file changed or vanished while it was read.
         """
-        from keras_remote_airflow.core.disk.hashing import take_snapshot
-        from keras_remote_airflow.core.disk.index import default_index
+        from keras_remote_airflow.core.disk.hashing import default_index, take_snapshot
 
         if self.is_gcs:
             raise InvalidInputError(

@@ -1,33 +1,48 @@
 """Whether reading files keeps a thread waiting, so that several threads should read at once.
 
-Files in memory are read fastest by one thread; files on a slow disk by many threads. The same rule
-serves hashing and sending: three slow reads in a row (one may be another process's doing) mean a
-slow disk. Threads then read a number of files before one read is measured again; each time the
-disk is still slow, that number doubles.
+Files in memory are read fastest by one thread, files on a slow disk by many. Hashing and sending
+follow the same rule: after three slow reads in a row (a single one may be another process's doing)
+threads make a number of reads; then one read is measured again. Each time the disk is found slow
+again, that number doubles.
 """
 
 import time
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _SLOW_IN_A_ROW = 3
 
 
-class SlowReads:
-    """Measures reads, each inside `with`, and tells whether they are slow.
+def _waiting_seconds() -> float:
+    """Return a clock of this thread that stands still while the thread computes."""
+    return time.perf_counter() - time.thread_time()
 
-    Measured is the time that passes while this thread does not compute.
+
+class SlowReads:
+    """Measures how long reads wait, and tells whether threads should make the next ones.
 
     Args:
-        patience_seconds: a read that waits longer is slow.
-        period: reads made by threads before the disk is measured again, at first.
+        slow_read_seconds: a read that waits longer is slow.
+        reads_by_threads: number of reads that threads make before one is measured again, at first.
+        clock: seconds that pass while this thread does not compute.
     """
 
-    def __init__(self, patience_seconds: float, period: int) -> None:
-        self._patience_seconds = patience_seconds
-        self._first_period = self._period = period
+    def __init__(
+        self,
+        slow_read_seconds: float,
+        reads_by_threads: int,
+        clock: Callable[[], float] = _waiting_seconds,
+    ) -> None:
+        self._slow_read_seconds = slow_read_seconds
+        self._first_reads_by_threads = self._reads_by_threads = reads_by_threads
+        self._clock = clock
         self._slow_in_a_row = 0
         self._left = 0
+
+    @property
+    def last_was_slow(self) -> bool:
+        """Whether the last measured read was slow."""
+        return self._slow_in_a_row > 0
 
     @property
     def threads_should_read(self) -> bool:
@@ -38,36 +53,20 @@ class SlowReads:
         """Count reads that threads make, unmeasured."""
         self._left -= reads
 
-    def measure(self, reads: int) -> "_Measurement":
-        """Return a context manager around `reads` reads made one after another in this thread."""
-        return _Measurement(self, reads)
+    @contextmanager
+    def measure(self, reads: int) -> Iterator[None]:
+        """Measure `reads` reads, one or more, which this thread makes inside `with`."""
+        started = self._clock()
+        yield
+        self.note((self._clock() - started) / reads)
 
     def note(self, waited_seconds: float) -> None:
-        """Note how long one read waited."""
-        if waited_seconds <= self._patience_seconds:
-            self._slow_in_a_row, self._period = 0, self._first_period
+        """Note how long a read waited."""
+        if waited_seconds <= self._slow_read_seconds:
+            self._slow_in_a_row = 0
+            self._reads_by_threads = self._first_reads_by_threads
             return
         self._slow_in_a_row += 1
         if self._slow_in_a_row >= _SLOW_IN_A_ROW:
-            self._left = self._period
-            self._period *= 2
-
-
-class _Measurement:
-    def __init__(self, slow_reads: SlowReads, reads: int) -> None:
-        self._slow_reads = slow_reads
-        self._reads = reads
-
-    def __enter__(self) -> Self:
-        self._started, self._computed = time.perf_counter(), time.thread_time()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        computed = time.thread_time() - self._computed
-        waited = time.perf_counter() - self._started - computed
-        self._slow_reads.note(waited / max(1, self._reads))
+            self._left = self._reads_by_threads
+            self._reads_by_threads *= 2

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_remote_airflow import Data
-from keras_remote_airflow.core.errors import DataChangedError, InvalidInputError
-from keras_remote_airflow.core.disk.hashing import take_snapshot
+from keras_remote_airflow.core.disk.hashing import HashingConfig, take_snapshot
 from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH
+from keras_remote_airflow.core.errors import DataChangedError, InvalidInputError
 
 from . import reference
 
@@ -106,13 +107,13 @@ def test_files_of_every_size_hash_like_the_reference(tree):
         assert file.digest == reference.file_digest(file.path, content), file.path
 
 
-@pytest.mark.parametrize("huge", [1 << 20, 64 << 20], ids=["read ahead", "not"])
-def test_a_single_large_file_hashes_like_the_reference(tmp_path, monkeypatch, huge):
-    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing._HUGE", huge)
+@pytest.mark.parametrize("read_ahead_bytes", [1 << 20, 64 << 20], ids=["read ahead", "not"])
+def test_a_single_large_file_hashes_like_the_reference(tmp_path, read_ahead_bytes):
     path = tmp_path / "weights.bin"
     content = os.urandom(5 * 1024 * 1024 + 13)
     path.write_bytes(content)
-    snapshot = take_snapshot(str(path))
+    config = HashingConfig(read_ahead_bytes=read_ahead_bytes)
+    snapshot = take_snapshot(str(path), config=config)
     assert snapshot.content_hash == reference.content_hash(str(path))
     assert snapshot.record(0).crc32c == google_crc32c.value(content)
 
@@ -196,17 +197,19 @@ def test_any_tree_hashes_like_the_reference(files):
         assert take_snapshot(folder).content_hash == reference.content_hash(folder)
 
 
+# Patient enough that waiting for the processor of a busy machine does not count as a slow disk.
+PATIENT = HashingConfig(slow_read_seconds=0.002)
+
+
 @pytest.fixture
 def slow_disk(monkeypatch):
-    """A disk where opening a file takes 5 ms: tells who opened how many at once, and can heal."""
+    """A disk where opening a file takes 5 ms: tells which threads opened how many at once."""
 
     class Disk:
         seconds = 0.005
         most = now = 0
         threads: ClassVar[list[str]] = []
 
-    # So much that a busy machine, which makes us wait for the processor, is no slow disk here.
-    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing._PATIENCE", 0.002)
     disk, lock, system_open = Disk(), threading.Lock(), os.open
 
     def slow_open(path, flags, mode=0o777, *, dir_fd=None):
@@ -228,18 +231,17 @@ def slow_disk(monkeypatch):
 
 def test_files_that_keep_us_waiting_are_read_many_at_once(tree, slow_disk):
     root = str(tree({f"{n % 3}/{n}": bytes(n) for n in range(400)}))
-    assert take_snapshot(root).content_hash == reference.content_hash(root)
+    assert take_snapshot(root, config=PATIENT).content_hash == reference.content_hash(root)
     assert slow_disk.most > 16
 
 
 def test_files_that_do_not_are_read_one_by_one(tree, slow_disk):
     slow_disk.seconds = 0
-    take_snapshot(str(tree({f"{n % 3}/{n}": bytes(n) for n in range(400)})))
+    take_snapshot(str(tree({f"{n % 3}/{n}": bytes(n) for n in range(400)})), config=PATIENT)
     assert set(slow_disk.threads) == {threading.current_thread().name}
 
 
 def test_reading_many_at_once_ends_when_the_disk_has_become_fast(tree, slow_disk, monkeypatch):
-    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing._WIDE_FILES", 50)
     opened = slow_disk.threads
 
     def heal(name, **kept):
@@ -249,7 +251,8 @@ def test_reading_many_at_once_ends_when_the_disk_has_become_fast(tree, slow_disk
     sha256 = hashlib.sha256
     monkeypatch.setattr("keras_remote_airflow.core.disk.hashing.hashlib.sha256", heal)
     opened.clear()
-    take_snapshot(str(tree({str(n): bytes(n) for n in range(400)})))
+    config = replace(PATIENT, files_by_threads=50)
+    take_snapshot(str(tree({str(n): bytes(n) for n in range(400)})), config=config)
     assert len(set(opened)) > 2
     assert set(opened[-200:]) == {threading.current_thread().name}
 
@@ -257,7 +260,7 @@ def test_reading_many_at_once_ends_when_the_disk_has_become_fast(tree, slow_disk
 def test_what_has_taken_a_files_place_is_a_change_with_its_full_path(tree, monkeypatch):
     root = tree({})
     # Listed as a file, and opened when it is a link to itself.
-    monkeypatch.setattr("keras_remote_airflow.core.disk.tree._list", lambda *_: (["b"], []))
+    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing.walk", lambda _: [("", ["b"])])
     (root / "b").symlink_to("b")
     with pytest.raises(DataChangedError, match=re.escape(f"{root}/b vanished")):
         take_snapshot(str(root))
@@ -309,10 +312,10 @@ def test_few_descriptors_are_enough(tmp_path, waiting):
     script = (
         "import sys\n"
         "from resource import RLIMIT_NOFILE, getrlimit, setrlimit\n"
-        "from keras_remote_airflow.core.disk import hashing\n"
-        f"hashing._PATIENCE = {-1 if waiting else 1}\n"
+        "from keras_remote_airflow.core.disk.hashing import HashingConfig, take_snapshot\n"
+        f"config = HashingConfig(slow_read_seconds={-1 if waiting else 1})\n"
         f"setrlimit(RLIMIT_NOFILE, ({90 if waiting else 40}, getrlimit(RLIMIT_NOFILE)[1]))\n"
-        "print(hashing.take_snapshot(sys.argv[1]).content_hash)\n"
+        "print(take_snapshot(sys.argv[1], config=config).content_hash)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60

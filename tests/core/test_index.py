@@ -1,27 +1,29 @@
 """The hash index saves reads and never changes a hash."""
 
-import fcntl
-import json
 import logging
 import multiprocessing
 import os
-import re
-import struct
+import shutil
+import sqlite3
+import subprocess
+import sys
 import tracemalloc
-from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from keras_remote_airflow.core.data import Data
+from keras_remote_airflow.core.disk.hashing import HashingConfig, take_snapshot
+from keras_remote_airflow.core.disk.index import APPLICATION_ID, FORMAT_VERSION, HashIndex
+from keras_remote_airflow.core.disk.snapshot import Snapshot
 from keras_remote_airflow.core.errors import InvalidInputError
-from keras_remote_airflow.core.disk.hashing import take_snapshot
-from keras_remote_airflow.core.disk.snapshot import FileRecord
-from keras_remote_airflow.core.disk.index import HashIndex
 
 LONG_AGO = 1_600_000_000
+# Nobody can set a file's ctime. With this, files count as old although theirs is now.
+SETTLED = HashingConfig(index_settle_seconds=-1000, index_timeout_seconds=0)
 
 
 @pytest.fixture
@@ -43,90 +45,107 @@ def _write(path: Path, content: bytes, mtime: float = LONG_AGO) -> None:
     os.utime(path, (mtime, mtime))
 
 
-def _settle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let files count as old although their ctime, which nobody can set, is now."""
-    monkeypatch.setattr("keras_remote_airflow.core.disk.index._GRANULARITY_NS", -(10**18))
+def _hash(root: Path, index: str | None = None) -> str:
+    return take_snapshot(str(root), index, config=SETTLED).content_hash
 
 
-def _reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def _opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that names every file opened from now on."""
     opened: list[str] = []
-    real = os.open
+    system_open = os.open
 
     def note(path: str, flags: int, *args: int, **kwargs: int) -> int:
         opened.append(os.path.basename(path))
-        return real(path, flags, *args, **kwargs)
+        return system_open(path, flags, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", note)
     return opened
 
 
+def _recorded(index: str) -> dict[str, int]:
+    """Return how many files the index knows of each root."""
+    with closing(sqlite3.connect(index)) as db:
+        rows = db.execute("SELECT root, sum(length(crcs)) / 4 FROM blocks GROUP BY root")
+        return {os.fsdecode(root): files for root, files in rows}
+
+
+MANY = 50_000
+
+
+def _snapshot_of(files: int, root: Path) -> Snapshot:
+    snapshot = Snapshot(str(root), True)
+    for first in range(0, files, 1000):
+        snapshot.add_names([b"part-%04d/%07d.txt" % (first, n) for n in range(first, first + 1000)])
+    for n in range(files):
+        snapshot.fill(n, 16, LONG_AGO * 10**9, os.urandom(32), n)
+    return snapshot
+
+
+def _fill(index: str, snapshot: Snapshot, state: os.stat_result) -> None:
+    """Look up a snapshot's files, all in this state, and record it, as `take_snapshot` does."""
+    names = snapshot.names()
+    with HashIndex(index, snapshot.root, 1 << 62, 0) as table:
+        while some := list(islice(names, 1000)):
+            table.look_up(some, [state] * len(some))
+    table.save(snapshot)
+
+
 def test_unchanged_files_are_not_opened_again(tree, index, monkeypatch):
-    _settle(monkeypatch)
     plain = take_snapshot(str(tree))
-    take_snapshot(str(tree), index)
-    opened = _reads(monkeypatch)
-    again = take_snapshot(str(tree), index)
+    _hash(tree, index)
+    opened = _opened(monkeypatch)
+    again = take_snapshot(str(tree), index, config=SETTLED)
     assert not set(opened) & {"a", "c", "d", "é"}
     assert again.content_hash == plain.content_hash
     assert list(again.records()) == list(plain.records())
 
 
+def test_a_single_file_has_an_index_too(tree, index, monkeypatch):
+    expected = _hash(tree / "b" / "c", index)
+    opened = _opened(monkeypatch)
+    assert _hash(tree / "b" / "c", index) == expected
+    assert "c" not in opened
+
+
 def test_only_what_is_new_is_read_wherever_it_is_and_whatever_is_gone(tmp_path, index, monkeypatch):
-    _settle(monkeypatch)
     root = tmp_path / "data"
     old = ["B", "a", "a-/m", "a.txt", "a/k", "a/k.d/p", "a/l/q", "z", "é/f", "😀"]
     gone = ["c", "a/0", "a/l/z", "b/whole/folder", "zz"]
     for name in [*old, *gone]:
         _write(root / name.replace("a/", "a.d/"), name.encode())
-    take_snapshot(str(root), index)
+    _hash(root, index)
     for name in gone:
         (root / name.replace("a/", "a.d/")).unlink()
     new = ["0new", "a-/new1", "a.d/new2", "a.d/l/new3", "b/new4", "new5", "é/new6", "\uffee"]
     for name in new:
         _write(root / name, b"new")
-    opened = _reads(monkeypatch)
-    take_snapshot(str(root), index)
+    expected = _hash(root)
+    opened = _opened(monkeypatch)
+    assert _hash(root, index) == expected
     files = {os.path.basename(name) for name in [*old, *new]}
     assert {name for name in opened if name in files} == {os.path.basename(n) for n in new}
 
 
-class Many(list[FileRecord]):
-    """As much of a snapshot as the index looks at."""
-
-    def records(self) -> Iterator[FileRecord]:
-        return iter(self)
-
-
-def _peak(index: str, root: str, snapshot: Many, state: os.stat_result) -> int:
-    """Return how many bytes it takes to look up and record a snapshot."""
-    names = [file.path.encode() for file in snapshot]
-    tracemalloc.start()
-    table = HashIndex(index, root)
-    for name in names:
-        table.get(name, state)
-    table.save(snapshot)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak
-
-
-def test_memory_is_bounded_with_a_new_file_and_with_other_roots_beside(
-    tmp_path, index, monkeypatch
-):
-    _settle(monkeypatch)
-    state = os.stat(__file__)
-    file = FileRecord("", state.st_size, 1, bytes(32), state.st_mtime_ns)
-    many = 30_000
-    snapshot = Many(file._replace(path=f"{i:020}") for i in range(1, many))
-    for number in range(4):
-        (tmp_path / f"root{number}").mkdir()
-        _peak(index, str(tmp_path / f"root{number}"), snapshot, state)
-    snapshot.insert(0, file._replace(path=f"{0:020}"))
-    # A row takes 112 bytes and its name; it is there twice, what was known and what is.
-    assert _peak(index, str(tmp_path / "root1"), snapshot, state) < 250 * many + (5 << 20)
-    assert len(HashIndex(index, str(tmp_path / "root1"))._known) == many
-    assert len(HashIndex(index, str(tmp_path / "root3"))._known) == many - 1
+def test_only_what_is_new_is_read_where_a_root_has_many_blocks(tmp_path, index, monkeypatch):
+    root = tmp_path / "data"
+    for number in range(3300):
+        _write(root / f"{number // 900}" / f"{number:04}", b"%d" % number)
+    _hash(root, index)
+    opened = _opened(monkeypatch)
+    assert _hash(root, index) == _hash(root)
+    assert len([name for name in opened if name.isdigit() and len(name) == 4]) == 3300
+    # Gone: a file, a folder, whole blocks in the midst of a folder; new: one file everywhere.
+    shutil.rmtree(root / "1")
+    for number in (0, *range(1850, 2690), 3299):
+        (root / f"{number // 900}" / f"{number:04}").unlink()
+    new = {f"{number:04}_" for number in (0, 899, 1810, 2699, 2750, 3100, 3299)}
+    for name in new:
+        _write(root / f"{int(name[:4]) // 900}" / name, name.encode())
+    expected = _hash(root)
+    opened.clear()
+    assert _hash(root, index) == expected
+    assert {name for name in opened if len(name) > 3 and name[0].isdigit()} == new
+    assert _recorded(index) == {str(root): sum(len(files) for *_, files in os.walk(root))}
 
 
 def test_the_environment_can_name_the_index(tree, index, monkeypatch):
@@ -147,18 +166,35 @@ def test_the_environment_can_name_the_index(tree, index, monkeypatch):
     ],
     ids=["rewritten", "longer", "added", "removed", "renamed", "swapped"],
 )
-def test_a_changed_tree_gets_its_true_hash(tree, index, change, monkeypatch):
-    _settle(monkeypatch)
-    take_snapshot(str(tree), index)
+def test_a_changed_tree_gets_its_true_hash(tree, index, change):
+    _hash(tree, index)
     change(tree)
-    expected = take_snapshot(str(tree)).content_hash
-    assert take_snapshot(str(tree), index).content_hash == expected
-    assert take_snapshot(str(tree), index).content_hash == expected
+    expected = _hash(tree)
+    assert _hash(tree, index) == expected
+    assert _hash(tree, index) == expected
+
+
+@pytest.mark.parametrize("part", range(5), ids=["size", "mtime", "ctime", "inode", "device"])
+def test_each_part_of_a_files_state_counts(tmp_path, index, part):
+    root = tmp_path / "data"
+    _write(root / "a", b"1")
+    snapshot = take_snapshot(str(root), index, config=SETTLED)
+    state = os.stat(root / "a")
+    values = {
+        name: getattr(state, name)
+        for name in ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino", "st_dev")
+    }
+    changed = values | {list(values)[part]: list(values.values())[part] + 1}
+    with HashIndex(index, str(root), 0, 0) as table:
+        assert table.look_up([b"a"], [SimpleNamespace(**changed)])[0] == []
+    with HashIndex(index, str(root), 0, 0) as table:
+        known, [crc32c], digest = table.look_up([b"a"], [SimpleNamespace(**values)])
+    assert (known, crc32c, digest) == ([0], *snapshot.record(0)[2:4])
 
 
 def test_a_file_modified_just_before_it_was_hashed_is_not_recorded(tree, index, monkeypatch):
     take_snapshot(str(tree), index)
-    opened = _reads(monkeypatch)
+    opened = _opened(monkeypatch)
     take_snapshot(str(tree), index)
     assert {"a", "c", "d", "é"} <= set(opened)
 
@@ -169,58 +205,131 @@ def test_only_what_was_modified_more_than_two_seconds_ago_is_recorded(
 ):
     newest = max(os.stat(path).st_ctime_ns for path in tree.rglob("*") if path.is_file())
     clock = SimpleNamespace(time_ns=lambda: newest + 2_000_000_000 + later_ns)
-    monkeypatch.setattr("keras_remote_airflow.core.disk.index.time", clock)
+    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing.time", clock)
     take_snapshot(str(tree), index)
-    opened = _reads(monkeypatch)
+    opened = _opened(monkeypatch)
     take_snapshot(str(tree), index)
     assert (not {"a", "c", "d", "é"} & set(opened)) == is_recorded
 
 
-@pytest.mark.usefixtures("no_collection")
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: b"",
-        lambda content: b"not an index at all, but long enough to be one",
-        lambda content: content[:-1],
-        lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
-        lambda content: content[:8] + b"\x02" + content[9:],
-        lambda content: content[:16] + b"[" * (len(content) - 16),
-        lambda content: re.sub(rb'"length": \d+', b'"length": ' + b"9" * 30, content),
-    ],
-    ids=[
-        "empty",
-        "foreign",
-        "truncated",
-        "flipped bit",
-        "newer format",
-        "broken header",
-        "huge length",
-    ],
-)
-def test_an_unusable_index_is_ignored_with_a_warning(tree, index, damage, monkeypatch, caplog):
-    _settle(monkeypatch)
-    expected = take_snapshot(str(tree), index).content_hash
+def _sql(*statements: str):
+    def change(path: Path) -> None:
+        with closing(sqlite3.connect(path)) as db, db:
+            for statement in statements:
+                db.execute(statement)
+
+    return change
+
+
+def _bytes(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+def _flip(content: bytes) -> bytes:
+    at = content.rindex(b"b/c\0b/d")  # in the paths of the one block
+    return content[:at] + b"c" + content[at + 1 :]
+
+
+# What has become of an index, and whether the next run replaces it.
+DAMAGE = {
+    "flipped bit": (_bytes(_flip), True),
+    "flipped bit in a digest": (_sql("UPDATE blocks SET digests = zeroblob(128)"), True),
+    "truncated": (_bytes(lambda content: content[:4096]), True),
+    "zeros": (_bytes(lambda content: content[:4096] + bytes(len(content) - 4096)), True),
+    "another table": (_sql("DROP TABLE blocks", "CREATE TABLE blocks (root)"), True),
+    "no table": (_sql("DROP TABLE blocks"), True),
+    "text": (_sql("UPDATE blocks SET states = 'text'"), True),
+    "nothing": (_sql("UPDATE blocks SET paths = NULL"), True),
+    "newer format": (_sql("PRAGMA user_version = 2"), False),
+    "other program": (_sql("PRAGMA application_id = 1"), False),
+    "no database": (
+        _bytes(lambda content: b"not an index at all, but long enough to be one"),
+        False,
+    ),
+    "old format": (_bytes(lambda content: b"KRAINDEX" + bytes(9999)), False),
+    "short": (_bytes(lambda content: b"S"), False),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_an_unusable_index_is_ignored_with_one_line(tree, index, case, caplog):
+    damage, is_replaced = DAMAGE[case]
+    expected = _hash(tree, index)
     path = Path(index)
-    path.write_bytes(damage(path.read_bytes()))
-    with caplog.at_level(logging.WARNING):
-        assert take_snapshot(str(tree), index).content_hash == expected
-    assert f"Hash index {index} is ignored" in caplog.text
+    damage(path)
+    damaged = path.read_bytes()
+    assert _hash(tree, index) == expected
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"Hash index {index} is ignored" in record.getMessage()
+    caplog.clear()
+    assert _hash(tree, index) == expected
+    assert len(caplog.records) == (0 if is_replaced else 1)
+    assert (path.read_bytes() == damaged) == (not is_replaced)
+
+
+def test_a_directory_or_fifo_is_no_index(tree, tmp_path, caplog):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("folder", "fifo"):
+        caplog.clear()
+        assert _hash(tree, str(tmp_path / name)) == _hash(tree)
+        assert len(caplog.records) == 1
+    assert os.listdir(tmp_path / "folder") == []
+
+
+def test_an_empty_file_becomes_an_index(tree, index, caplog):
+    # Another process that is about to write its index has just created it.
+    os.makedirs(os.path.dirname(index))
+    Path(index).touch()
+    _hash(tree, index)
+    assert _recorded(index) == {str(tree): 4}
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("content", [b"precious\n", b"x" * 1000, b"KRAINDEX\x02" + bytes(99)])
 def test_a_file_that_is_no_index_of_ours_is_never_written_to(tree, tmp_path, content):
     path = tmp_path / "precious"
     path.write_bytes(content)
-    take_snapshot(str(tree), str(path))
+    _hash(tree, str(path))
     assert path.read_bytes() == content
 
 
-def test_a_lock_file_of_somebody_else_keeps_its_content(tree, index):
-    os.makedirs(os.path.dirname(index))
-    Path(index + ".lock").write_text("mine")
-    take_snapshot(str(tree), index)
-    assert Path(index + ".lock").read_text() == "mine"
+def test_a_database_of_another_program_is_not_even_repaired(tree, tmp_path):
+    # A hot journal: whoever opens the database next is to undo a half-written transaction.
+    path = tmp_path / "precious"
+    script = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("CREATE TABLE precious (content)")
+db.execute("PRAGMA cache_size = 1")
+db.execute("BEGIN")
+for _ in range(100):
+    db.execute("INSERT INTO precious VALUES (randomblob(4000))")
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True, timeout=60)
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("precious*")}
+    assert len(before) == 2
+    _hash(tree, str(path))
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("precious*")} == before
+
+
+def test_what_a_killed_process_wrote_is_undone(tree, index):
+    expected = _hash(tree, index)
+    script = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("PRAGMA cache_size = 1")
+db.execute("BEGIN")
+db.execute("UPDATE blocks SET digests = randomblob(400000)")
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", script, index], check=True, timeout=60)
+    assert os.path.exists(f"{index}-journal")
+    assert _hash(tree, index) == expected
+    assert not os.path.exists(f"{index}-journal")
+    assert _recorded(index) == {str(tree): 4}
 
 
 @pytest.mark.parametrize("name", ["index", "b/index", "a"])
@@ -229,38 +338,89 @@ def test_an_index_inside_its_own_data_is_refused(tree, name):
         take_snapshot(str(tree), str(tree / name))
 
 
-def test_a_locked_index_is_left_alone_with_a_warning(tree, index, caplog):
+def test_an_index_that_a_link_leads_into_the_data_is_refused(tree, tmp_path):
+    (tmp_path / "link").symlink_to(tree)
+    for data, index in ((tree, tmp_path / "link" / "index"), (tmp_path / "link", tree / "index")):
+        with pytest.raises(InvalidInputError, match="lies in the data"):
+            take_snapshot(str(data), str(index))
+
+
+def test_an_index_can_be_a_link(tree, tmp_path, index, monkeypatch):
+    (tmp_path / "link").symlink_to(index)
     os.makedirs(os.path.dirname(index))
-    with open(index + ".lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with caplog.at_level(logging.WARNING):
-            take_snapshot(str(tree), index)
-    assert "locked by another process" in caplog.text
-    assert not os.path.exists(index)
+    _hash(tree, str(tmp_path / "link"))
+    assert _recorded(index) == {str(tree): 4}
+    Path(index).write_bytes(Path(index).read_bytes()[:4096])
+    for _ in range(2):
+        _hash(tree, str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert _recorded(index) == {str(tree): 4}
 
 
-def test_an_index_that_cannot_be_written_is_no_error(tree, tmp_path, caplog):
+@pytest.mark.parametrize("name", ["a?b#c%41", "dïr/ä", os.fsdecode(b"\xff")])
+def test_an_index_and_its_data_can_have_any_name(tmp_path, name):
+    root, index = tmp_path / "roots" / name, tmp_path / "indices" / name
+    _write(root / "file", b"x")
+    _hash(root, str(index))
+    assert index.is_file()
+    assert _recorded(str(index)) == {str(root): 1}
+
+
+def test_an_index_is_for_its_owner_alone(tree, index):
+    _hash(tree, index)
+    assert os.stat(index).st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("lock", ["IMMEDIATE", "EXCLUSIVE"])
+def test_a_locked_index_is_left_alone_with_one_line(tree, index, caplog, lock):
+    expected = _hash(tree, index)
+    _write(tree / "new", b"n")
+    with closing(sqlite3.connect(index, isolation_level=None)) as db:
+        db.execute(f"BEGIN {lock}")
+        assert _hash(tree, index) != expected
+        [record] = caplog.records
+        assert "locked" in record.getMessage()
+    assert _recorded(index) == {str(tree): 4}
+
+
+def test_an_index_that_is_read_can_be_written_by_another_process(tree, index):
+    _hash(tree, index)
+    with HashIndex(index, str(tree), 0, 0):
+        _write(tree / "new", b"n")
+        _hash(tree, index)
+    assert _recorded(index) == {str(tree): 5}
+
+
+def test_an_index_that_cannot_be_written_is_one_line(tree, tmp_path, caplog):
     (tmp_path / "file").touch()
-    with caplog.at_level(logging.WARNING):
-        take_snapshot(str(tree), str(tmp_path / "file" / "index"))
-    assert "could not be written" in caplog.text
+    _hash(tree, str(tmp_path / "file" / "index"))
+    [record] = caplog.records
+    assert "could not be written" in record.getMessage()
 
 
-def test_one_index_serves_several_roots_and_forgets_those_that_are_gone(
-    tree, tmp_path, index, monkeypatch
-):
-    _settle(monkeypatch)
+def test_one_index_serves_several_roots_and_forgets_those_that_are_gone(tree, tmp_path, index):
     other = tmp_path / "other"
     _write(other / "x", b"x")
-    take_snapshot(str(tree), index)
-    take_snapshot(str(other), index)
-    assert len(HashIndex(index, str(tree))._known) == 4
-    (other / "x").unlink()
-    other.rmdir()
+    _hash(tree, index)
+    _hash(other, index)
+    assert _recorded(index) == {str(tree): 4, str(other): 1}
+    shutil.rmtree(other)
     _write(tree / "new", b"n")
-    take_snapshot(str(tree), index)
-    assert len(HashIndex(index, str(other))._known) == 0
-    assert len(HashIndex(index, str(tree))._known) == 5
+    _hash(tree, index)
+    assert _recorded(index) == {str(tree): 5}
+
+
+def test_one_roots_damaged_block_leaves_the_other_roots_alone(tree, tmp_path, index, caplog):
+    other = tmp_path / "other"
+    _write(other / "x", b"x")
+    for root in (tree, other):
+        _hash(root, index)
+    _sql(f"UPDATE blocks SET crc32c = 1 WHERE root = CAST('{tree}' AS BLOB)")(index)
+    _hash(other, index)
+    assert not caplog.records
+    _hash(tree, index)
+    assert len(caplog.records) == 1
+    assert _recorded(index) == {str(tree): 4, str(other): 1}
 
 
 def test_processes_share_an_index(tmp_path, index):
@@ -268,52 +428,65 @@ def test_processes_share_an_index(tmp_path, index):
     for number, root in enumerate(roots):
         _write(root / "x", b"x" * number)
     with multiprocessing.get_context("spawn").Pool(3) as pool:
-        hashes = pool.starmap(_hash, [(str(root), index) for root in roots * 5])
-    assert hashes == [take_snapshot(str(root)).content_hash for root in roots] * 5
+        hashes = pool.starmap(_hash_patiently, [(str(root), index) for root in roots * 5])
+    assert hashes == [_hash(root) for root in roots] * 5
+    assert _recorded(index) == {str(root): 1 for root in roots}
 
 
-def _hash(root: str, index: str) -> str:
-    return take_snapshot(root, index).content_hash
+def _hash_patiently(root: str, index: str) -> str:
+    config = HashingConfig(index_settle_seconds=-1000, index_timeout_seconds=60)
+    return take_snapshot(root, index, config=config).content_hash
 
 
-def test_what_another_process_saves_before_the_lock_is_ours_is_kept(tree, index, monkeypatch):
-    _settle(monkeypatch)
-    other = tree.parent / "other"
-    _write(other / "file", b"x")
-    take_snapshot(str(tree), index)
-    _write(tree / "new", b"y")
-    system_flock, meanwhile = fcntl.flock, [lambda: take_snapshot(str(other), index)]
-
-    def flock(file, operation):
-        if meanwhile:
-            meanwhile.pop()()
-        system_flock(file, operation)
-
-    monkeypatch.setattr("keras_remote_airflow.core.disk.index.fcntl.flock", flock)
-    take_snapshot(str(tree), index)
-    assert {section["root"] for section in _sections(index)} == {str(tree), str(other)}
+def test_an_unchanged_block_is_not_written_again(tmp_path, index):
+    (tmp_path / "data").mkdir()
+    snapshot = _snapshot_of(3000, tmp_path / "data")
+    _fill(index, snapshot, os.stat(tmp_path))
+    _sql(
+        "CREATE TABLE written (number)",
+        "CREATE TRIGGER note AFTER UPDATE ON blocks"
+        " BEGIN INSERT INTO written VALUES (new.number); END",
+    )(index)
+    snapshot.fill(1500, 1, 0, bytes(32), 1)
+    _fill(index, snapshot, os.stat(tmp_path))
+    with closing(sqlite3.connect(index)) as db:
+        assert db.execute("SELECT number FROM written").fetchall() == [(1,)]
 
 
-@pytest.mark.parametrize("length", [1.5, -3, None, True])
-def test_a_section_of_no_length_does_not_spoil_the_others_for_good(
-    tree, index, monkeypatch, caplog, length
-):
-    _settle(monkeypatch)
-    other = tree.parent / "other"
-    _write(other / "file", b"x")
-    for root in (other, tree):
-        expected = take_snapshot(str(root), index).content_hash
-    sections = _sections(index)
-    sections[0]["length"] = length
-    header = json.dumps({"sections": sections}).encode()
-    Path(index).write_bytes(struct.pack("<8sII", b"KRAINDEX", 1, len(header)) + header)
-    for _ in range(2):
-        caplog.clear()
-        assert take_snapshot(str(tree), index).content_hash == expected
-    assert "ignored" not in caplog.text
+def test_the_format_is_the_documented_one(tree, index):
+    snapshot = take_snapshot(str(tree), index, config=SETTLED)
+    with closing(sqlite3.connect(index)) as db:
+        assert db.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+        assert db.execute("PRAGMA user_version").fetchone() == (FORMAT_VERSION,)
+        [(root, number, paths, digests)] = db.execute(
+            "SELECT root, number, paths, digests FROM blocks"
+        )
+    assert (root, number) == (os.fsencode(tree), 0)
+    assert paths.split(b"\0") == list(snapshot.names())
+    assert digests == b"".join(file.digest for file in snapshot.records())
 
 
-def _sections(index: str) -> list[dict[str, Any]]:
-    content = Path(index).read_bytes()
-    [length] = struct.unpack_from("<I", content, 12)
-    return json.loads(content[16 : 16 + length])["sections"]
+def test_an_index_takes_at_most_200_bytes_a_file(tmp_path, index):
+    state = os.stat(__file__)
+    for name in ("gone", "here", "there"):
+        (tmp_path / name).mkdir()
+        _fill(index, _snapshot_of(MANY, tmp_path / name), state)
+        if name == "gone":
+            (tmp_path / name).rmdir()
+    assert os.path.getsize(index) < 200 * 2 * MANY
+    assert _recorded(index) == {str(tmp_path / name): MANY for name in ("here", "there")}
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["nothing is known", "all has changed"])
+def test_memory_beside_the_snapshot_is_at_most_20_mib_for_a_million_files(tmp_path, index, known):
+    (tmp_path / "data").mkdir()
+    snapshot = _snapshot_of(MANY, tmp_path / "data")
+    if known:
+        _fill(index, snapshot, os.stat(tmp_path))
+    state = os.stat(__file__)
+    tracemalloc.start()
+    _fill(index, snapshot, state)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # 16 bytes a file and what arrays have to spare, and some blocks; SQLite's own cache is 2 MiB.
+    assert peak < 17 * MANY + (3 << 19)

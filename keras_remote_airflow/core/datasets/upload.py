@@ -173,7 +173,7 @@ def upload(
             what would have been uploaded, and where to.
     """
     from keras_remote_airflow.core.disk.hashing import take_snapshot
-    from keras_remote_airflow.core.disk.index import default_index
+    from keras_remote_airflow.core.disk.hashing import default_index
 
     started = time.monotonic()
     check_bucket(bucket_name)

@@ -4,369 +4,343 @@ It maps what the file system says of a file (path, size, mtime, ctime, inode, de
 digest and CRC32C it had under exactly these. As git's index does, it never records a file that was
 modified so shortly before it was hashed that a later change could leave its times as they are.
 
-Use it for data on a local disk. Not on mounts whose inode numbers or times change or mean little
-(gcsfuse, some NFS and container overlays): there every file would look changed, or worse, a
-changed one unchanged.
+Use it for data on a local disk, not on mounts whose inode numbers or times change or mean little
+(gcsfuse, some NFS and container overlays).
 
-An index that is missing, corrupt, locked or of a newer format is ignored with a warning: it only
-ever saves time. A file that is no index, or one of a newer format, is never written to. Processes
-may share one: readers see a whole file, which writers replace one at a time, keeping each other's
-sections.
+An index only saves time. One that is damaged, locked or of a newer format is ignored, with a line
+in the log. A damaged one is replaced by the next run that has something to record. A file that is
+not a hash index, or is one of a newer format, is never written to. Processes may share an index:
+each reads a block at a time, and writes in one transaction.
 
-Format (all numbers little-endian):
+Format: an SQLite database with application_id 0x4B524958 ("KRIX"), user_version 1 and one table:
 
-    8 bytes    "KRAINDEX"
-    4 + 4      format_version 1; length of the header
-    header     JSON {"sections": [{"root": str, "files": number, "names": bytes of the names,
-               "length": bytes of the section, "crc32c": of the section}, …]}
-    sections   one a root, in that order, each arrays over its files in the order of the content
-               hash: 8-byte ends of the names, 8-byte size, mtime_ns, ctime_ns, inode and device,
-               4-byte CRC32C, 32-byte digest; then the names in UTF-8
+    CREATE TABLE blocks (root BLOB, number INTEGER, crc32c INTEGER,
+                         paths BLOB, states BLOB, crcs BLOB, digests BLOB,
+                         PRIMARY KEY (root, number)) WITHOUT ROWID
+
+A row is a block of up to 1,000 files. The blocks of a root (the absolute path of a dataset) are
+numbered from 0 and hold its files in the order of the content hash. Numbers in arrays have the
+machine's byte order, since an index is of use only where its inode numbers are.
+
+    crc32c    CRC32C of the other four, one after another
+    paths     relative paths in UTF-8, joined by zero bytes
+    states    five arrays of 8-byte numbers: size, mtime_ns, ctime_ns, inode, device
+    crcs      an array of 4-byte numbers: CRC32C of each file
+    digests   file digests, 32 bytes each
 """
 
-import fcntl
-import json
 import logging
 import os
-import struct
-import sys
-import tempfile
-import time
+import sqlite3
+import stat
 from array import array
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
-from io import BytesIO
-from itertools import accumulate, islice
-from typing import TYPE_CHECKING, Any, BinaryIO
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import cached_property, reduce
+from itertools import chain, count, groupby, islice, repeat
+from typing import NamedTuple, Self
+from urllib.parse import quote
 
 import google_crc32c
 
+from keras_remote_airflow.core.disk.snapshot import Snapshot
+from keras_remote_airflow.core.disk.tree import walk_order
 from keras_remote_airflow.core.errors import InvalidInputError
-
-if TYPE_CHECKING:
-    from keras_remote_airflow.core.disk.hashing import Snapshot
 
 _log = logging.getLogger(__name__)
 
-_ENVIRONMENT_VARIABLE = "KERAS_REMOTE_HASH_INDEX"
-
-_MAGIC = b"KRAINDEX"
-_FORMAT_VERSION = 1
-_PREAMBLE = struct.Struct("<8sII")
-# A file is recorded only if it was last modified this long before it was hashed: FAT keeps times
-# to 2 s, ext3 to 1 s, most others to a few milliseconds.
-_GRANULARITY_NS = 2_000_000_000
-# Read and written at a time, in bytes: a whole number of rows of any column.
-_PIECE = 1 << 20
-_NUMBERS = "QqqqQQ"  # end of name, size, mtime_ns, ctime_ns, inode, device
-
-
-class _ForeignError(ValueError):
-    """A file that is no hash index, or one of a newer format: never to be replaced."""
-
-
-# What reading a file of any content may raise.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    RecursionError,
-    MemoryError,
-    struct.error,
-)
-
-
-class _Table:
-    """What is known of the files of one root, in flat arrays; see the module for their order."""
-
-    def __init__(self) -> None:
-        self.numbers = [array(code) for code in _NUMBERS]
-        self.crcs = array("I")
-        self.digests = bytearray()
-        self.names = bytearray()
-
-    def __len__(self) -> int:
-        return len(self.crcs)
-
-    def add(self, name: bytes, state: tuple[int, ...], crc32c: int, digest: bytes) -> None:
-        self.names += name
-        for column, number in zip(self.numbers, (len(self.names), *state), strict=True):
-            column.append(number)
-        self.crcs.append(crc32c)
-        self.digests += digest
-
-    def end(self, index: int) -> int:
-        """Return where the name of file `index` ends; of -1, where the first begins."""
-        return self.numbers[0][index] if index >= 0 else 0
-
-    def name(self, index: int) -> bytes:
-        return bytes(self.names[self.end(index - 1) : self.end(index)])
-
-    def pieces(self) -> Iterator[bytes]:
-        """Yield the section, some at a time: at a million files it is more than 100 MB."""
-        for column in (*self.numbers, self.crcs):
-            step = _PIECE // column.itemsize
-            for start in range(0, len(column), step):
-                rows = column[start : start + step]
-                if sys.byteorder == "big":
-                    rows.byteswap()
-                yield rows.tobytes()
-        for text in (self.digests, self.names):
-            for start in range(0, len(text), _PIECE):
-                yield bytes(text[start : start + _PIECE])
-
-    def section(self, root: str) -> dict[str, Any]:
-        """Return what the header says of it."""
-        crc32c = length = 0
-        for piece in self.pieces():
-            crc32c = google_crc32c.extend(crc32c, piece)
-            length += len(piece)
-        return {
-            "root": root,
-            "files": len(self),
-            "names": len(self.names),
-            "length": length,
-            "crc32c": crc32c,
-        }
-
-    @classmethod
-    def read(cls, file: BinaryIO, section: dict[str, Any]) -> "_Table":
-        table = cls()
-        crc32c = 0
-        files = section["files"]
-        widths = [*(column.itemsize for column in table.numbers), table.crcs.itemsize, 32]
-        if section["length"] != files * sum(widths) + section["names"]:
-            raise ValueError("its sections are not of the length they should have")
-
-        def read(size: int) -> Iterator[bytes]:
-            nonlocal crc32c
-            for piece in _pieces(file, size):
-                crc32c = google_crc32c.extend(crc32c, piece)
-                yield piece
-
-        for column in (*table.numbers, table.crcs):
-            for piece in read(files * column.itemsize):
-                column.frombytes(piece)
-            if sys.byteorder == "big":
-                column.byteswap()
-        for text, size in ((table.digests, 32 * files), (table.names, section["names"])):
-            for piece in read(size):
-                text += piece
-        if crc32c != section["crc32c"]:
-            raise ValueError("a section does not agree with its CRC32C")
-        return table
+APPLICATION_ID = 0x4B524958
+FORMAT_VERSION = 1
+_BLOCK_FILES = 1_000
+_STATE_TYPES = "QqqQQ"  # size, mtime_ns, ctime_ns, inode, device
+_SCHEMA = """
+    CREATE TABLE blocks (root BLOB, number INTEGER, crc32c INTEGER,
+                         paths BLOB, states BLOB, crcs BLOB, digests BLOB,
+                         PRIMARY KEY (root, number)) WITHOUT ROWID
+"""
+_COUNT_FILES = "SELECT total(length(crcs)) / 4 FROM blocks WHERE root = ?"
+_READ = "SELECT crc32c, paths, states, crcs, digests FROM blocks WHERE root = ? AND number = ?"
+# A block that is stored already is not written again.
+_WRITE = """
+    INSERT INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT DO UPDATE SET crc32c = excluded.crc32c, paths = excluded.paths,
+        states = excluded.states, crcs = excluded.crcs, digests = excluded.digests
+    WHERE (crc32c, paths, states, crcs, digests) IS NOT (
+        excluded.crc32c, excluded.paths, excluded.states, excluded.crcs, excluded.digests)
+"""
+# What reading and writing a file of any content may raise.
+_FAILURES = (sqlite3.Error, OSError, ValueError, TypeError, OverflowError)
 
 
 class HashIndex:
     """The part of a hash index that is about one file or directory.
 
+    A context manager around the calls of `look_up`. Only wrong use raises an error: whatever is
+    wrong with the file is a warning in the log.
+
     Args:
         path: the index file; it need not exist yet.
         root: absolute path of the data.
+        settled_ns: only files last modified before this time are recorded, in nanoseconds.
+        timeout_seconds: how long to wait while another process writes to the file.
     """
 
-    def __init__(self, path: str, root: str) -> None:
+    def __init__(self, path: str, root: str, settled_ns: int, timeout_seconds: float) -> None:
         self._path = os.path.abspath(os.path.expanduser(path))
-        self._root = root
-        if os.path.commonpath([self._path, root]) == root:
+        if any(_is_inside(at(self._path), at(root)) for at in (os.path.abspath, os.path.realpath)):
             raise InvalidInputError(
                 f"hash index {self._path} lies in the data that it is about, {root}, and would "
                 "change it. Keep it elsewhere."
             )
-        self._may_replace = True
-        self._known = self._load()
-        self._next = 0
-        self._found = 0
-        # Where each file asked for stands: in what is known or, as -1 - position, in the others.
-        self._rows = array("q")
-        self._others = array("q"), array("Q"), array("Q")  # ctime_ns, inode, device
-        self._started_ns = time.time_ns()
+        self._root = os.fsencode(root)
+        self._settled_ns = settled_ns
+        self._timeout_seconds = timeout_seconds
+        self._may_write = True
+        self._is_damaged = False
+        self._db: sqlite3.Connection | None = None
+        self._blocks: Iterator[_Block] = iter(())
+        self._block: _Block | None = None
+        self._known_files = self._found_files = 0
+        # What `save` needs of every file beside the snapshot. Devices are runs: (device, files).
+        self._ctimes = array("q")
+        self._inodes = array("Q")
+        self._devices: list[tuple[int, int]] = []
+        with self._ignoring_failures():
+            self._open()
 
-    def get_all(
-        self, names: list[bytes], states: list[os.stat_result]
-    ) -> tuple["array[int]", bytes] | None:
-        """Return CRC32Cs and digests of files if they are what comes next, all of them unchanged.
+    def __enter__(self) -> Self:
+        return self
 
-        As `get` for each of them (one or more), but at a fraction of the cost; and if the answer is
-        None, they are to be asked for one by one.
-        """
-        start, end = self._next, self._next + len(names)
-        known = self._known
-        here = ((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev) for s in states)
-        ends = accumulate(map(len, names), initial=known.end(start - 1))
-        columns = [islice(ends, 1, None), *zip(*here, strict=True)]
-        for column, numbers in zip(known.numbers, columns, strict=True):
-            if column[start:end] != array(column.typecode, numbers):
-                return None
-        if known.names[known.end(start - 1) : known.end(end - 1)] != b"".join(names):
-            return None
-        self._next = end
-        self._found += len(names)
-        self._rows.extend(range(start, end))
-        return known.crcs[start:end], bytes(known.digests[32 * start : 32 * end])
+    def __exit__(self, *_: object) -> None:
+        if self._db is not None:
+            self._db.close()
 
-    def get(self, name: bytes, state: os.stat_result) -> tuple[bytes, int] | None:
-        """Return digest and CRC32C of a file if it is unchanged, and note its state for `save`.
+    def look_up(
+        self, paths: list[bytes], states: list[os.stat_result]
+    ) -> tuple[list[int], "array[int]", bytes]:
+        """Find files that are known and unchanged. Ask for all, in the order of the content hash.
 
         Args:
-            name: path relative to the root, UTF-8. Ask in the order of the content hash: what comes
-                before the last one asked for is not found any more.
-            state: what the file system says of the file now.
+            paths: of files in one folder, relative to the root, UTF-8.
+            states: what the file system says of each now.
+
+        Returns:
+            Positions of the files found, their CRC32Cs, and their file digests one after another.
         """
-        index = self._find(name)
-        if index is None or not self._is_as_known(index, state):
-            ctimes, inodes, devices = self._others
-            self._rows.append(-1 - len(ctimes))
-            ctimes.append(state.st_ctime_ns)
-            inodes.append(state.st_ino)
-            devices.append(state.st_dev)
-            return None
-        self._rows.append(index)
-        self._found += 1
-        return bytes(self._known.digests[32 * index : 32 * index + 32]), self._known.crcs[index]
+        found = _Found([], array("I"), bytearray())
+        with self._ignoring_failures():
+            rows = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev) for s in states]
+            columns = [array(*c) for c in zip(_STATE_TYPES, zip(*rows, strict=True), strict=True)]
+            self._ctimes.extend(columns[2])
+            self._inodes.extend(columns[3])
+            self._devices += ((device, len(list(run))) for device, run in groupby(columns[4]))
+            start = 0
+            while self._block and start < len(paths):
+                end = self._block.end(paths, start)
+                self._block.match(paths, columns, range(start, end), found)
+                start = end
+                if start < len(paths):
+                    self._block = next(self._blocks, None)
+        self._found_files += len(found.positions)
+        return found.positions, found.crcs, bytes(found.digests)
 
-    def _find(self, name: bytes) -> int | None:
-        while self._next < len(self._known):
-            known = self._known.name(self._next)
-            if known == name:
-                self._next += 1
-                return self._next - 1
-            if _order(known) > _order(name):
-                return None
-            self._next += 1  # a file that is gone
-        return None
-
-    def _is_as_known(self, index: int, state: os.stat_result) -> bool:
-        _, sizes, mtimes, ctimes, inodes, devices = self._known.numbers
-        return (
-            mtimes[index] == state.st_mtime_ns
-            and ctimes[index] == state.st_ctime_ns
-            and sizes[index] == state.st_size
-            and inodes[index] == state.st_ino
-            and devices[index] == state.st_dev
-        )
-
-    def save(self, snapshot: "Snapshot") -> None:
-        """Record a snapshot whose every file was asked for, in its order, if anything is new."""
-        if not self._may_replace or self._found == len(snapshot) == len(self._known):
+    def save(self, snapshot: Snapshot) -> None:
+        """Record a snapshot whose every file was asked for, if anything is new."""
+        if not self._may_write or self._found_files == len(snapshot) == self._known_files:
             return
-        table = _Table()
-        settled = self._started_ns - _GRANULARITY_NS
-        _, _, _, *known = self._known.numbers
-        self._known = _Table()  # of a million files, the rest of it is 85 MB
-        for file, row in zip(snapshot.records(), self._rows, strict=True):
-            columns, at = (known, row) if row >= 0 else (self._others, -1 - row)
-            ctime, inode, device = (column[at] for column in columns)
-            if max(file.mtime_ns, ctime) < settled:
-                state = (file.size, file.mtime_ns, ctime, inode, device)
-                table.add(file.path.encode(), state, file.crc32c, file.digest)
         try:
-            self._replace(table)
-        except BlockingIOError:
-            _log.warning("Hash index %s is locked by another process: not updated", self._path)
-        except (OSError, ValueError) as exc:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            if self._is_damaged:
+                self._remove()
+            with suppress(FileExistsError):  # names are as private as what they stand for
+                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            with closing(self._connect("rwc")) as db:
+                # It shrinks when roots are forgotten. To be said before there is a table.
+                db.execute("PRAGMA auto_vacuum = FULL")
+                with db:
+                    db.execute("BEGIN IMMEDIATE")
+                    self._write(db, snapshot)
+        except _FAILURES as exc:
+            if _code(exc) == sqlite3.SQLITE_CORRUPT:
+                self._remove()  # so that the next run starts anew
             _log.warning("Hash index %s could not be written: %s", self._path, exc)
 
-    def _load(self) -> _Table:
+    @contextmanager
+    def _ignoring_failures(self) -> Iterator[None]:
+        """Take the index for empty from here on if it cannot be read."""
         try:
-            with open(self._path, "rb") as file:
-                for section in _read_header(file):
-                    if section["root"] != self._root:
-                        file.seek(section["length"], os.SEEK_CUR)
-                        continue
-                    return _Table.read(file, section)
-        except FileNotFoundError:
-            pass
-        except _UNREADABLE as exc:
-            self._may_replace = not isinstance(exc, _ForeignError)
+            yield
+        except _FAILURES as exc:
+            self._block, self._blocks = None, iter(())
+            # An index that SQLite finds malformed is replaced; a wrong block is written anew. Other
+            # files are left alone, and so is an index that cannot be opened or is locked.
+            malformed = _code(exc) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
+            self._is_damaged = malformed and _has_our_header(self._path)
+            is_wrong_block = self._db is not None and isinstance(exc, ValueError | TypeError)
+            self._may_write = self._is_damaged or is_wrong_block
             _log.warning("Hash index %s is ignored: %s", self._path, exc)
-        return _Table()
 
-    def _replace(self, table: _Table) -> None:
-        """Put the table into the file, beside the sections of roots that still exist."""
-        folder = os.path.dirname(self._path)
-        os.makedirs(folder, exist_ok=True)
-        with ExitStack() as stack:
-            lock = stack.enter_context(open(self._path + ".lock", "ab"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            old = stack.enter_context(_open_or_nothing(self._path))  # not before it is ours
-            kept = self._other_sections(old)
-            sections = [*(section for section, _ in kept), table.section(self._root)]
-            header = json.dumps({"sections": sections}).encode()
-            descriptor, partial = tempfile.mkstemp(dir=folder, prefix=".hash-index-")
-            try:
-                with open(descriptor, "wb") as file:
-                    file.write(_PREAMBLE.pack(_MAGIC, _FORMAT_VERSION, len(header)))
-                    file.write(header)
-                    for section, start in kept:
-                        old.seek(start)
-                        file.writelines(_pieces(old, section["length"]))
-                    file.writelines(table.pieces())
-                os.replace(partial, self._path)
-            except BaseException:
-                os.unlink(partial)
-                raise
+    def _open(self) -> None:
+        try:
+            state = os.stat(self._path)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        # SQLite takes a file of one byte for an empty one.
+        if not stat.S_ISREG(state.st_mode) or state.st_size == 1:
+            raise ValueError("it is not a database")
+        # Immutable: SQLite neither locks a file that may not be ours, nor repairs it.
+        with closing(self._connect("ro&immutable=1")) as db:
+            if not _is_index(db):
+                return
+        # Reading needs no right to write, but after a crash SQLite has to undo what was half done.
+        self._db = self._connect("rw")
+        [[self._known_files]] = self._db.execute(_COUNT_FILES, [self._root]).fetchall()
+        self._blocks = self._read(self._db)
+        self._block = next(self._blocks, None)
 
-    def _other_sections(self, file: BinaryIO) -> list[tuple[dict[str, Any], int]]:
-        """Return the sections to keep, and where they begin."""
-        kept = []
-        with suppress(*_UNREADABLE):
-            sections = _read_header(file)
-            start = file.tell()
-            end = file.seek(0, os.SEEK_END)
-            for section in sections:
-                begin, start = start, start + section["length"]
-                if (
-                    section["root"] != self._root
-                    and os.path.exists(section["root"])
-                    and start <= end
-                ):
-                    kept.append((section, begin))
-        return kept
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        uri = f"file:{quote(os.fsencode(self._path))}?mode={mode}"
+        timeout = self._timeout_seconds
+        return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
 
+    def _read(self, db: sqlite3.Connection) -> Iterator["_Block"]:
+        # A query for each block, so that other processes can write in between. What they write
+        # may begin with other files than expected, and is true nevertheless.
+        for number in count():
+            rows = db.execute(_READ, (self._root, number)).fetchall()
+            if not rows:
+                return
+            yield _Block(*rows[0])
 
-def default_index() -> str | None:
-    """Return the index file that the environment's `KERAS_REMOTE_HASH_INDEX` names, or None."""
-    return os.environ.get(_ENVIRONMENT_VARIABLE) or None
+    def _write(self, db: sqlite3.Connection, snapshot: Snapshot) -> None:
+        if not _is_index(db):
+            db.execute(_SCHEMA)
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+        number = -1
+        for number, columns in enumerate(self._blocks_of(snapshot)):
+            db.execute(_WRITE, (self._root, number, _crc32c(columns), *columns))
+        db.execute("DELETE FROM blocks WHERE root = ? AND number > ?", (self._root, number))
+        for [root] in db.execute("SELECT DISTINCT root FROM blocks").fetchall():
+            if not os.path.exists(root):
+                db.execute("DELETE FROM blocks WHERE root = ?", [root])
 
+    def _blocks_of(self, snapshot: Snapshot) -> Iterator[list[bytes]]:
+        """Yield paths, states, crcs and digests of the files to be recorded."""
+        devices = chain.from_iterable(repeat(device, files) for device, files in self._devices)
+        files = zip(snapshot.records(), self._ctimes, self._inodes, devices, strict=True)
+        settled = (row for row in files if max(row[0].mtime_ns, row[1]) < self._settled_ns)
+        while block := list(islice(settled, _BLOCK_FILES)):
+            rows = ((file.size, file.mtime_ns, *state) for file, *state in block)
+            columns = zip(_STATE_TYPES, zip(*rows, strict=True), strict=True)
+            yield [
+                b"\0".join(file.path.encode() for file, *_ in block),
+                b"".join(array(*column).tobytes() for column in columns),
+                array("I", (file.crc32c for file, *_ in block)).tobytes(),
+                b"".join(file.digest for file, *_ in block),
+            ]
 
-def _open_or_nothing(path: str) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError:
-        return BytesIO()
-
-
-def _order(name: bytes) -> list[tuple[bool, bytes]]:
-    """Return what sorts names as the content hash does: a folder's files, then its subfolders."""
-    *folders, file = name.split(b"/")
-    return [*((True, folder) for folder in folders), (False, file)]
-
-
-def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """Yield the next `size` bytes of a file, some at a time."""
-    while size > 0:
-        piece = file.read(min(_PIECE, size))
-        if not piece:
-            raise ValueError("it is cut short")
-        size -= len(piece)
-        yield piece
+    def _remove(self) -> None:
+        database = os.path.realpath(self._path)
+        for path in (database, f"{database}-journal"):
+            with suppress(OSError):
+                os.unlink(path)
 
 
-def _read_header(file: BinaryIO) -> list[dict[str, Any]]:
-    preamble = file.read(_PREAMBLE.size)
-    if len(preamble) < _PREAMBLE.size and not _MAGIC.startswith(preamble[: len(_MAGIC)]):
-        raise _ForeignError("it is another file, which is left alone")
-    magic, version, length = _PREAMBLE.unpack(preamble)
-    if magic != _MAGIC:
-        raise _ForeignError("it is another file, which is left alone")
-    if version != _FORMAT_VERSION:
-        raise _ForeignError(
-            f"it has format_version {version}, this version reads {_FORMAT_VERSION}"
-        )
-    sections: list[dict[str, Any]] = json.loads(file.read(length))["sections"]
-    if not all(type(section["length"]) is int and section["length"] >= 0 for section in sections):
-        raise ValueError("a section has no length")
-    return sections
+class _Found(NamedTuple):
+    """Files that are known and unchanged."""
+
+    positions: list[int]
+    crcs: "array[int]"
+    digests: bytearray
+
+
+class _Block:
+    """Some of the known files, in the order of the content hash."""
+
+    def __init__(self, crc32c: int, *columns: bytes) -> None:
+        if _crc32c(columns) != crc32c:
+            raise ValueError("a block does not agree with its CRC32C")
+        paths, states, crcs, self._digests = columns
+        self._paths = paths.split(b"\0")
+        self._states = [
+            array(code, states[start : start + 8 * len(self._paths)])
+            for code, start in zip(_STATE_TYPES, count(0, 8 * len(self._paths)), strict=False)
+        ]
+        self._crcs = array("I", crcs)
+        self._last = walk_order(self._paths[-1])
+        self._next = 0
+
+    def end(self, paths: list[bytes], start: int) -> int:
+        """Return how far `paths`, from `start` on, are within this block."""
+        if walk_order(paths[-1]) <= self._last:
+            return len(paths)
+        return bisect_right(paths, self._last, start, key=walk_order)
+
+    def match(
+        self, paths: list[bytes], states: list["array[int]"], positions: range, found: _Found
+    ) -> None:
+        """Add those of these files to `found` that are known and unchanged."""
+        rows = slice(self._next, self._next + len(positions))
+        here = slice(positions.start, positions.stop)
+        if self._paths[rows] == paths[here] and all(
+            known[rows] == asked[here] for known, asked in zip(self._states, states, strict=True)
+        ):  # all are as they were, which costs a fraction of looking at them one by one
+            found.positions.extend(positions)
+            self._take(rows, found)
+            return
+        for position in positions:
+            row = self._row_of.get(paths[position])
+            if row is not None and all(
+                known[row] == asked[position]
+                for known, asked in zip(self._states, states, strict=True)
+            ):
+                found.positions.append(position)
+                self._take(slice(row, row + 1), found)
+
+    def _take(self, rows: slice, found: _Found) -> None:
+        found.crcs.extend(self._crcs[rows])
+        found.digests.extend(self._digests[32 * rows.start : 32 * rows.stop])
+        self._next = rows.stop
+
+    @cached_property
+    def _row_of(self) -> dict[bytes, int]:
+        return {path: row for row, path in enumerate(self._paths)}
+
+
+def _is_inside(path: str, root: str) -> bool:
+    return os.path.commonpath([path, root]) == root
+
+
+def _is_index(db: sqlite3.Connection) -> bool:
+    """Return whether this is a hash index, or an empty database; raise for anything else."""
+    [[application_id]] = db.execute("PRAGMA application_id").fetchall()
+    [[version]] = db.execute("PRAGMA user_version").fetchall()
+    if application_id == APPLICATION_ID and version == FORMAT_VERSION:
+        return True
+    if application_id == APPLICATION_ID:
+        raise ValueError(f"it has user_version {version}, this version reads {FORMAT_VERSION}")
+    if application_id or db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall():
+        raise ValueError("it is another program's database, which is left alone")
+    return False
+
+
+def _has_our_header(path: str) -> bool:
+    """Return whether a database that SQLite refuses to open was a hash index."""
+    with suppress(OSError), open(path, "rb") as file:
+        header = file.read(72)  # https://www.sqlite.org/fileformat.html#the_database_header
+        version, application_id = (int.from_bytes(header[i : i + 4]) for i in (60, 68))
+        return (application_id, version) == (APPLICATION_ID, FORMAT_VERSION)
+    return False
+
+
+def _crc32c(columns: Sequence[bytes]) -> int:
+    crc32c: int = reduce(google_crc32c.extend, columns, 0)
+    return crc32c
+
+
+def _code(error: BaseException) -> int | None:
+    """Return SQLite's primary error code, or None for an error that is not SQLite's."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF

@@ -1,6 +1,7 @@
-"""What a file or directory held when it was read, in flat arrays.
+"""What a file or directory held when it was read.
 
-A snapshot keeps about 70 bytes a file plus its name: a million files fit into some 150 MB.
+A snapshot keeps its files in flat arrays, about 70 bytes a file plus its name: a million files fit
+into some 150 MB.
 """
 
 import hashlib
@@ -34,6 +35,10 @@ class FileRecord(NamedTuple):
 
 class Snapshot:
     """What a file or directory held when it was read; made by `take_snapshot`.
+
+    An index is a file's position in the order of the content hash. A snapshot is built in three
+    steps: names are added in that order, each file is filled in once it has been read (in any
+    order, from any thread), and `finish` computes the content hash.
 
     Attributes:
         root: absolute local path.
@@ -87,8 +92,14 @@ class Snapshot:
         """Return where the file called `relative_path` is on disk."""
         return os.path.join(self.root, relative_path) if self.is_dir else self.root
 
-    def _extend(self, names: list[bytes]) -> int:
-        """Make room for files of these relative paths; return the index of the first."""
+    def hash_as(self, is_dir: bool) -> str:
+        """Return the content hash that the same files have as a directory, or as a single file."""
+        sha256 = hashlib.sha256(b"dir:" if is_dir else b"file:")
+        sha256.update(self._digests)
+        return sha256.hexdigest()
+
+    def add_names(self, names: list[bytes]) -> int:
+        """Make room for files of these relative paths (UTF-8); return the index of the first."""
         first = len(self._sizes)
         ends = accumulate(map(len, names), initial=len(self._names))
         self._name_ends.extend(islice(ends, 1, None))
@@ -98,21 +109,28 @@ class Snapshot:
         self._digests += bytes(32 * len(names))
         return first
 
-    def _fill(self, index: int, size: int, mtime_ns: int, digest: bytes, crc32c: int) -> None:
-        """Note what file `index` was found to be, in any thread."""
+    def fill(self, index: int, size: int, mtime_ns: int, digest: bytes, crc32c: int) -> None:
+        """Note what file `index` was found to be."""
         self._sizes[index] = size
         self._mtimes[index] = mtime_ns
         self._digests[32 * index : 32 * index + 32] = digest
         self._crcs[index] = crc32c
 
-    def _fill_all(
+    def fill_all(
         self,
         indices: Sequence[int],
         states: list[os.stat_result],
         crcs: "array[int]",
         digests: bytes,
     ) -> None:
-        """Note what these files, in ascending order, were found to be, in any thread."""
+        """Note what these files were found to be.
+
+        Args:
+            indices: of the files, ascending.
+            states: what the file system says of each.
+            crcs: CRC32C of each.
+            digests: file digests, 32 bytes each, one after another.
+        """
         if indices and indices[-1] - indices[0] == len(indices) - 1:
             these = slice(indices[0], indices[-1] + 1)
             self._sizes[these] = array("Q", [state.st_size for state in states])
@@ -122,12 +140,9 @@ class Snapshot:
         else:
             for at, (index, state) in enumerate(zip(indices, states, strict=True)):
                 digest = digests[32 * at : 32 * at + 32]
-                self._fill(index, state.st_size, state.st_mtime_ns, digest, crcs[at])
+                self.fill(index, state.st_size, state.st_mtime_ns, digest, crcs[at])
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Compute total size and content hash; every file must be filled in."""
         self.total_bytes = sum(self._sizes)
         self.content_hash = self.hash_as(self.is_dir)
-
-    def hash_as(self, is_dir: bool) -> str:
-        """Return the content hash that the same files have as a directory, or as a single file."""
-        return hashlib.sha256((b"dir:" if is_dir else b"file:") + self._digests).hexdigest()

@@ -1,4 +1,8 @@
-"""Walk a local directory in the order of the content hash, and refuse what is no file."""
+"""Walk a local directory in the order of the content hash, and refuse what is not a file.
+
+The order is a directory's files, then its subdirectories, each sorted by name (by code point, which
+is the byte order of UTF-8). Linked directories are not followed; linked files are read.
+"""
 
 import errno
 import logging
@@ -9,40 +13,58 @@ from collections.abc import Iterator
 from keras_remote_airflow.core.errors import DataChangedError, DataNotFoundError, InvalidInputError
 
 _log = logging.getLogger(__name__)
-_SLICE = 10_000  # files of one folder that are listed together
-# O_NONBLOCK: should a FIFO take a file's place after the directory was listed, opening it must
-# not hang. It means nothing to a regular file.
+
+# O_NONBLOCK: opening must not hang if a FIFO takes a file's place after the directory was listed.
+# It changes nothing for a regular file.
 OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-# Files are opened by their name in an open folder: the system need not walk down the whole path.
-FOLDER_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-# A link that leads to itself or through a file; a path longer than the system takes.
+# Files are opened by their name in an open folder, which spares the system the rest of the path.
+# macOS has no O_PATH; a folder that was listed can be opened for reading, too.
+FOLDER_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
+
+# Files of one folder that `walk` yields together.
+_FILES_TOGETHER = 1_000
+# How many linked directories the warning names.
+_SHOWN_LINKS = 10
+# Errors for a link that leads to itself or through a file, and for too long a path.
 _UNUSABLE = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
-# What opening a file says that is gone, or that something else has taken the place of.
+# Errors for a file that is gone, or whose place something else has taken.
 _VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP, errno.ENXIO)
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a directory",
+}
 
 
 def walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield folders (relative, "" or with a final "/") and names of files in them, some at a time.
+    """Yield (folder, file names), up to 1,000 names at a time, in the order of the content hash.
 
-    In the order of the content hash.
+    The folder is relative to `root`: "" or with a final "/".
+
+    Raises:
+        InvalidInputError: something in it is not a file that can be read.
+        DataChangedError: a folder vanished meanwhile.
     """
-    linked: list[str] = []
+    links: list[str] = []
     folders = [""]
     while folders:
         folder = folders.pop()
-        files, subfolders = _list(root, folder, linked)
-        for start in range(0, len(files), _SLICE):
-            yield folder, files[start : start + _SLICE]
+        files, subfolders = _list(root, folder, links)
+        for start in range(0, len(files), _FILES_TOGETHER):
+            yield folder, files[start : start + _FILES_TOGETHER]
         folders.extend(f"{folder}{name}/" for name in reversed(subfolders))
-    if linked:
+    if links:
         _log.warning(
             "Linked directories are not followed and not part of the data: %s%s",
-            ", ".join(linked[:10]),
-            f" and {len(linked) - 10} more" if len(linked) > 10 else "",
+            ", ".join(links[:_SHOWN_LINKS]),
+            f" and {len(links) - _SHOWN_LINKS} more" if len(links) > _SHOWN_LINKS else "",
         )
 
 
 def single_file(path: str) -> tuple[str, list[str]]:
+    """Return what `walk` would yield for a directory that holds only this file."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError as exc:
@@ -52,7 +74,54 @@ def single_file(path: str) -> tuple[str, list[str]]:
     return "", [os.path.basename(path)]
 
 
-def _list(root: str, folder: str, linked: list[str]) -> tuple[list[str], list[str]]:
+def walk_order(path: bytes) -> list[tuple[bool, bytes]]:
+    """Return what sorts relative paths as `walk` yields them."""
+    *folders, file = path.split(b"/")
+    return [*((True, folder) for folder in folders), (False, file)]
+
+
+def encode_names(root: str, folder: str, names: list[str]) -> list[bytes]:
+    """Return the relative paths of files in UTF-8; raise InvalidInputError for other names."""
+    try:
+        prefix = folder.encode()
+        return [prefix + name.encode() for name in names]
+    except UnicodeEncodeError as exc:
+        refused = next(name for name in names if not _is_utf8(folder + name))
+        path = os.fsencode(os.path.join(root, folder, refused))
+        raise InvalidInputError(f"file name is not UTF-8: {path!r}. Rename it.") from exc
+
+
+def open_path(path: str, flags: int) -> int:
+    """Open a file or folder; raise what `inaccessible` says."""
+    try:
+        return os.open(path, flags)
+    except OSError as exc:
+        raise inaccessible(path, exc) from exc
+
+
+def inaccessible(path: str, error: OSError) -> Exception:
+    """Return the error to raise for a path that cannot be opened or listed."""
+    if error.errno in _VANISHED:
+        return DataChangedError(
+            f"{path} vanished while the data was being read. Retry once nothing writes to it."
+        )
+    if isinstance(error, PermissionError):
+        return InvalidInputError(
+            f"cannot read {path}: permission denied. Make it readable for this user, or move it "
+            "out of the data."
+        )
+    # The system's error names only the last part of the path.
+    return OSError(error.errno, error.strerror, path)
+
+
+def not_a_file(path: str, mode: int) -> InvalidInputError:
+    """Return the error to raise for a FIFO, socket, device or directory in a file's place."""
+    kind = _KINDS.get(stat.S_IFMT(mode), "a special file")
+    return InvalidInputError(f"{path} is {kind}: expected regular files. Move it out of the data.")
+
+
+def _list(root: str, folder: str, links: list[str]) -> tuple[list[str], list[str]]:
+    """Return the names of files and subfolders, sorted; add linked directories to `links`."""
     files: list[str] = []
     subfolders: list[str] = []
     try:
@@ -63,9 +132,9 @@ def _list(root: str, folder: str, linked: list[str]) -> tuple[list[str], list[st
                 elif entry.is_dir(follow_symlinks=False):
                     subfolders.append(entry.name)
                 elif entry.is_dir():
-                    linked.append(folder + entry.name)
+                    links.append(folder + entry.name)
                 else:
-                    raise _special(f"{root}/{folder}{entry.name}")
+                    raise _neither_file_nor_folder(f"{root}/{folder}{entry.name}")
     except (FileNotFoundError, PermissionError) as exc:
         raise inaccessible(f"{root}/{folder}", exc) from exc
     except OSError as exc:
@@ -80,46 +149,7 @@ def _list(root: str, folder: str, linked: list[str]) -> tuple[list[str], list[st
     return files, subfolders
 
 
-def encode_names(root: str, folder: str, names: list[str]) -> list[bytes]:
-    """Return the relative paths of files in UTF-8."""
-    try:
-        prefix = folder.encode()
-        return [prefix + name.encode() for name in names]
-    except UnicodeEncodeError as exc:
-        refused = next(name for name in names if not _is_utf8(folder + name))
-        path = os.fsencode(os.path.join(root, folder, refused))
-        raise InvalidInputError(f"file name is not UTF-8: {path!r}. Rename it.") from exc
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def open_path(path: str, flags: int) -> int:
-    try:
-        return os.open(path, flags)
-    except OSError as exc:
-        raise inaccessible(path, exc) from exc
-
-
-def inaccessible(path: str, error: OSError) -> Exception:
-    if error.errno in _VANISHED:
-        return DataChangedError(
-            f"{path} vanished while the data was being read. Retry once nothing writes to it."
-        )
-    if isinstance(error, PermissionError):
-        return InvalidInputError(
-            f"cannot read {path}: permission denied. Make it readable for this user, or move it "
-            "out of the data."
-        )
-    return OSError(error.errno, error.strerror, path)  # it names but the last part of the path
-
-
-def _special(path: str) -> Exception:
+def _neither_file_nor_folder(path: str) -> Exception:
     try:
         return not_a_file(path, os.stat(path).st_mode)
     except OSError:
@@ -131,13 +161,9 @@ def _special(path: str) -> Exception:
         )
 
 
-def not_a_file(path: str, mode: int) -> InvalidInputError:
-    kinds = {
-        stat.S_IFIFO: "a FIFO",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-        stat.S_IFDIR: "a directory",
-    }
-    kind = kinds.get(stat.S_IFMT(mode), "a special file")
-    return InvalidInputError(f"{path} is {kind}: expected regular files. Move it out of the data.")
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
