@@ -441,14 +441,14 @@ def _hash_patiently(root: str, index: str) -> str:
 def test_an_unchanged_block_is_not_written_again(tmp_path, index):
     (tmp_path / "data").mkdir()
     snapshot = _snapshot_of(3000, tmp_path / "data")
-    _fill(index, snapshot, os.stat(tmp_path))
+    _fill(index, snapshot, os.stat(__file__))
     _sql(
         "CREATE TABLE written (number)",
         "CREATE TRIGGER note AFTER UPDATE ON blocks"
         " BEGIN INSERT INTO written VALUES (new.number); END",
     )(index)
     snapshot.fill(1500, 1, 0, bytes(32), 1)
-    _fill(index, snapshot, os.stat(tmp_path))
+    _fill(index, snapshot, os.stat(__file__))
     with closing(sqlite3.connect(index)) as db:
         assert db.execute("SELECT number FROM written").fetchall() == [(1,)]
 
