@@ -45,4 +45,4 @@ def test_only_one_module_reads_the_variables():
         # In quotes: docstrings may name them, code has to quote them.
         if any(f"{quote}{name}{quote}" in path.read_text() for quote in "\"'")
     }
-    assert readers == {"core/project.py"}
+    assert readers == {"core/cloud/bucket.py"}
