@@ -1,12 +1,55 @@
 """The only file that knows Airflow versions, and the only one that imports Airflow.
 
+First it asks the metadata of what is installed whether the package can work here; if not, importing
+it raises an ImportError that says what to install, and Airflow is not imported.
+
 Each name is taken from its newest home (up to 3.3), else from an older one (down to 2.11): the
 old homes warn on the versions that have the new (by a FutureWarning, which users would see). mypy
 checks the newest Airflow's branch only.
 """
 
+import re
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+# The lower bounds of the extra `airflow` in pyproject.toml.
+MIN_AIRFLOW = "2.11"
+MIN_GOOGLE_PROVIDER = "19"
+
+
+def _check_installation() -> None:
+    """Raise ImportError unless Airflow and its google provider are there and new enough."""
+    # Airflow 3 is in apache-airflow-core; apache-airflow only requires that.
+    airflow = _installed_version("apache-airflow-core") or _installed_version("apache-airflow")
+    provider = "apache-airflow-providers-google"
+    for name, found, minimum in (
+        ("apache-airflow", airflow, MIN_AIRFLOW),
+        (provider, _installed_version(provider), MIN_GOOGLE_PROVIDER),
+    ):
+        if found is None or _numbers(found) < _numbers(minimum):
+            raise ImportError(
+                f"keras_remote_airflow needs {name} {minimum} or newer for its operators and "
+                f"sensors, found {found or 'none'}: pip install 'keras-remote-airflow[airflow]'"
+            )
+
+
+def _installed_version(name: str) -> str | None:
+    try:
+        found = distribution(name)
+    except PackageNotFoundError:
+        return None
+    # `found.version` parses all of the metadata, a README of many pages included.
+    line = re.search(r"^Version: *(\S+)", found.read_text("METADATA") or "", re.MULTILINE)
+    return line[1] if line else found.version
+
+
+def _numbers(version: str) -> list[int]:
+    """Return major and minor version: [2, 11] for "2.11.0+composer"."""
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
+
+
+_check_installation()
 
 try:
     from airflow.providers.standard.operators.python import PythonOperator
@@ -24,10 +67,9 @@ try:
     # The base of XComArg, and the one thing that Airflow 2 resolves when it renders templates.
     from airflow.sdk.definitions._internal.mixins import ResolveMixin
     from airflow.sdk.execution_time.xcom import XCom
+    from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-    # From here on SIGTERM only calls on_kill() and the task goes on; in 2.x Airflow itself raises
-    # AirflowTaskTerminated afterwards, and finds out whether somebody has set the state meanwhile.
-    SIGTERM_RAISES = False
+    IS_AIRFLOW_2 = False
 except ImportError:  # Airflow 2
     if not TYPE_CHECKING:
         from airflow.datasets import Dataset as Asset
@@ -38,10 +80,11 @@ except ImportError:  # Airflow 2
         from airflow.models.xcom import XCom
         from airflow.operators.python import PythonOperator
         from airflow.sensors.base import BaseSensorOperator, PokeReturnValue
+        from airflow.triggers.base import BaseTrigger, TriggerEvent
         from airflow.utils.context import Context
         from airflow.utils.mixins import ResolveMixin
 
-        SIGTERM_RAISES = True
+        IS_AIRFLOW_2 = True
 
 try:
     from airflow.sdk.exceptions import (
@@ -75,13 +118,20 @@ except ImportError:  # Airflow 3.1 and older
     if not TYPE_CHECKING:
         from airflow.plugins_manager import AirflowPlugin
 
-from airflow.triggers.base import BaseTrigger, TriggerEvent
-
 if TYPE_CHECKING:
     from airflow.providers.google.cloud.hooks.gcs import GCSHook
     from airflow.sdk.types import TaskInstanceKey
 
+# On SIGTERM, Airflow 2 itself raises AirflowTaskTerminated after on_kill(), and finds out whether
+# the state of the task was set meanwhile; Airflow 3 only calls on_kill(), and the task goes on.
+SIGTERM_RAISES = IS_AIRFLOW_2
+
+# Whether the scheduler ends a deferral when the task's execution_timeout is over. Airflow 3 counts
+# only the time in which the task runs.
+EXECUTION_TIMEOUT_ENDS_DEFERRALS = IS_AIRFLOW_2
+
 __all__ = [
+    "EXECUTION_TIMEOUT_ENDS_DEFERRALS",
     "SIGTERM_RAISES",
     "AirflowFailException",
     "AirflowPlugin",
@@ -104,6 +154,7 @@ __all__ = [
     "TriggeringEvent",
     "XCom",
     "conf",
+    "deferral_timed_out",
     "get_triggering_events",
     "make_gcs_hook",
     "make_operator_lineage",
@@ -118,12 +169,22 @@ def make_gcs_hook(**arguments: Any) -> "GCSHook":
     return GCSHook(**arguments)
 
 
+def deferral_timed_out(next_method: str, next_kwargs: dict[str, Any] | None) -> bool:
+    """Return whether a task is resumed because no trigger fired before its deferral's timeout.
+
+    Airflow resumes a task by "__fail__" in two cases. When the trigger raises or ends without an
+    event, there is a traceback among the arguments (None for the latter); when the scheduler ends
+    the deferral, there is none.
+    """
+    return next_method == "__fail__" and "traceback" not in (next_kwargs or {})
+
+
 class TriggeringEvent(NamedTuple):
-    """One of the asset events that made a scheduler create a run.
+    """One of the asset events that made the scheduler create a run.
 
     Attributes:
         timestamp: when it happened.
-        extra: what the task that caused it said about it.
+        extra: what the task that caused it has put there.
         sources: URI of the asset, and the names of the aliases it came through.
     """
 
@@ -133,7 +194,7 @@ class TriggeringEvent(NamedTuple):
 
 
 def get_triggering_events(context: Context) -> list[TriggeringEvent]:
-    """Return the asset events that the run was created for; none if it was triggered by hand."""
+    """Return the asset events that the run was created for; none if a person triggered it."""
     values: Any = context
     if "triggering_asset_events" in values:
         # Its keys are aliases too, which name the same events once more.
@@ -155,7 +216,7 @@ def get_triggering_events(context: Context) -> list[TriggeringEvent]:
 
 
 def make_operator_lineage(**arguments: Any) -> Any:
-    """Return an OperatorLineage. Only the OpenLineage provider asks for one, so it is installed."""
+    """Return an OperatorLineage; only for calls by the OpenLineage provider, which brings it."""
     from airflow.providers.openlineage.extractors import OperatorLineage
 
     return OperatorLineage(**arguments)

@@ -1,6 +1,6 @@
-"""Asset events that say which data is new, and how the DAG they trigger learns of it.
+"""Asset events that say which data is new, and how the DAG that they trigger gets its ref.
 
-The event's `extra`, on an asset (Airflow 2: dataset) as on an alias, is the ref (see `core.refs`)
+The event's `extra`, on an asset (Airflow 2: dataset) and on an alias, is the ref (see `core.refs`)
 and one field more. It is flat, because Airflow 2 takes nothing else from an alias:
 
     {"__data_ref__": True, "gcs_uri": "gs://…", "is_dir": bool, "mount_path": str | None,
@@ -8,39 +8,61 @@ and one field more. It is flat, because Airflow 2 takes nothing else from an ali
 """
 
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 from keras_remote_airflow._compat import Asset, AssetAlias, Context, get_triggering_events
 from keras_remote_airflow.core.errors import InvalidInputError
-from keras_remote_airflow.core.refs import is_data_ref, parse_data_ref
+from keras_remote_airflow.core.refs import DataRef, is_data_ref, parse_data_ref
 
 
-def describe_events(
+def fill_outlet_events(
     context: Context,
     outlets: Iterable[Any],
-    data_ref: dict[str, Any],
+    ref: DataRef,
     content_hash: str | None,
     *,
     is_new: bool,
 ) -> None:
-    """Say in the events of a task's outlets what it has made available.
+    """Put the ref into the events of a task's outlets.
 
-    An asset has an event whenever the task succeeds, and that one gets the extra. An alias has
-    one only if the data is new: for the asset whose URI is that of the data.
+    An asset has an event whenever the task succeeds, and that event gets the extra. An alias has
+    an event only if the data is new: for the asset whose URI is that of the data.
 
     Args:
         context: the running task's.
         outlets: its outlets; what is neither asset nor alias is left alone.
-        data_ref: the ref.
+        ref: the data.
         content_hash: of the data; None if it has none.
-        is_new: whether nobody had this data before.
+        is_new: whether the data was not published before.
     """
-    extra = data_ref | {"content_hash": content_hash}
+    extra = ref.to_dict() | {"content_hash": content_hash}
     for outlet in outlets:
         if isinstance(outlet, Asset):
             context["outlet_events"][outlet].extra.update(extra)
         elif isinstance(outlet, AssetAlias) and is_new:
-            context["outlet_events"][outlet].add(Asset(uri=data_ref["gcs_uri"]), extra=extra)
+            context["outlet_events"][outlet].add(Asset(uri=ref.gcs_uri), extra=extra)
+
+
+def is_work_of_an_earlier_try(context: Context, published_at: str | None) -> bool:
+    """Return whether this is a retry, and the data was published since its DAG run began.
+
+    Airflow adds events only when a task succeeds. If the try that published the data was killed
+    before that, its retry finds the data published, and has to add the events in its place.
+
+    Args:
+        context: the running task's.
+        published_at: RFC 3339, in whole seconds, from the marker. None, or a text that is no time
+            with a time zone, counts as unknown: another program may have written the marker.
+    """
+    began = context["dag_run"].start_date if context["ti"].try_number > 1 else None
+    if began is None or not published_at:
+        return False
+    try:
+        published = datetime.fromisoformat(published_at)
+    except ValueError:
+        return False
+    return published.tzinfo is not None and published >= began.replace(microsecond=0)
 
 
 def ref_from_triggering_event(context: Context, source: str | None = None) -> dict[str, Any]:
@@ -54,7 +76,7 @@ def ref_from_triggering_event(context: Context, source: str | None = None) -> di
             than one; None takes any.
 
     Raises:
-        InvalidInputError: no such event triggered the run; it was started by hand, perhaps.
+        InvalidInputError: no such event triggered the run; a person started it, perhaps.
     """
     events = [
         event

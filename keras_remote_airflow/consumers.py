@@ -13,8 +13,8 @@ and give its container two environment variables, with DATA replaced by another 
 task's `.output`, or a ref that is known when the DAG is written. What is read from the ref is
 filled in when the task's templates are rendered.
 
-Who runs on keras-kinetic needs nothing from here: with `layout="kinetic"` the ref is handed to the
-kinetic function as it is. (docs/consumers.md has all of this as a cookbook.)
+A keras-kinetic function needs nothing from here: with `layout="kinetic"` it takes the ref as it is.
+(docs/consumers.md has all of this as a cookbook.)
 """
 
 import json
@@ -28,7 +28,7 @@ from keras_remote_airflow._compat import Context, ResolveMixin
 from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.layout import split_gcs_uri
 from keras_remote_airflow.core.refs import REF_VARIABLE, DataRef, parse_data_ref
-from keras_remote_airflow.execution import permanent_errors_fail_the_task
+from keras_remote_airflow.failures import permanent_errors_fail_the_task
 
 _COMMAND = ["python", "-m", "keras_remote_airflow", "get"]
 # Where an init container sees the volume. The data goes into a directory inside, because a mount
@@ -62,6 +62,7 @@ def gcsfuse_pod_kwargs(
     Returns:
         `add_to` with `pod_template_dict`.
     """
+    source = _parse_upload(upload)
     pod = _Pod(add_to, name)
     pod.metadata.setdefault("annotations", {})["gke-gcsfuse/volumes"] = "true"
     pod.add_volume(
@@ -69,14 +70,14 @@ def gcsfuse_pod_kwargs(
             "driver": "gcsfuse.csi.storage.gke.io",
             "readOnly": True,
             "volumeAttributes": {
-                "bucketName": _fill_in(upload, "bucket", lambda ref: _folder(ref)[0]),
+                "bucketName": _fill_in(source, "bucket", lambda ref: _folder(ref)[0]),
                 "mountOptions": _fill_in(
-                    upload, "mount options", lambda ref: _mount_options(ref, mount_options)
+                    source, "mount options", lambda ref: _mount_options(ref, mount_options)
                 ),
             },
         }
     )
-    pod.add_mount(upload, mount_path)
+    pod.add_mount(source, mount_path)
     return pod.kwargs
 
 
@@ -113,6 +114,7 @@ def materialize_pod_kwargs(
         `add_to` with `pod_template_dict`, `startup_timeout_seconds`, and `init_container_logs`, so
         that what goes wrong shows in the task's log.
     """
+    source = _parse_upload(upload)
     pod = _Pod(add_to, name)
     dest = posixpath.join(_VOLUME_PATH, "data")
     init: dict[str, Any] = {
@@ -122,12 +124,12 @@ def materialize_pod_kwargs(
         **_copy_tree(container or {}),
     }
     init.setdefault("env", []).append(
-        {"name": REF_VARIABLE, "value": _fill_in(upload, "ref", _to_json)}
+        {"name": REF_VARIABLE, "value": _fill_in(source, "ref", _to_json)}
     )
     init.setdefault("volumeMounts", []).append({"name": pod.label, "mountPath": _VOLUME_PATH})
     pod.spec.setdefault("initContainers", []).append(init)
     pod.add_volume(**(volume or {"emptyDir": {}}))
-    pod.add_mount(upload, mount_path, subPath=posixpath.basename(dest))
+    pod.add_mount(source, mount_path, subPath=posixpath.basename(dest))
     logs = pod.kwargs.get("init_container_logs") or []
     if logs is not True:
         others = [logs] if isinstance(logs, str) else logs
@@ -161,8 +163,9 @@ def vertex_command_kwargs(
     Returns:
         `command`.
     """
+    source = _parse_upload(upload)
     assignments = [
-        _fill_in(upload, variable, partial(_assignment, variable, make))
+        _fill_in(source, variable, partial(_assignment, variable, make))
         for variable, make in _vertex_variables(name, materialize_at).items()
     ]
     return {"command": ["env", *assignments, *_materialize_first(name, materialize_at), *command]}
@@ -192,6 +195,7 @@ def vertex_custom_job_kwargs(
     Returns:
         `custom_job`.
     """
+    source = _parse_upload(upload)
     if not isinstance(custom_job, Mapping):
         raise InvalidInputError(f"custom_job is a {type(custom_job).__name__}; expected a dict")
     # Not deepcopy: what an earlier call left to be filled in must stay that.
@@ -215,7 +219,7 @@ def vertex_custom_job_kwargs(
                 f"custom_job has a dataset named {name!r} already: pass another name"
             )
         env += [
-            {"name": variable, "value": _fill_in(upload, variable, make)}
+            {"name": variable, "value": _fill_in(source, variable, make)}
             for variable, make in variables.items()
         ]
         if materialize_at:
@@ -232,8 +236,8 @@ def vertex_custom_job_kwargs(
 class _FilledIn(ResolveMixin):
     """Text that is made of the upload's ref when the task's templates are rendered.
 
-    An XComArg to Airflow: it sets the dependency, in a mapped task group too, where a Jinja
-    template would have to know the map index.
+    Airflow takes it for an XComArg. It therefore sets the dependency, in a mapped task group too,
+    where a Jinja template would have to know the map index.
     """
 
     def __init__(self, output: Any, what: str, make: Callable[[DataRef], str]) -> None:
@@ -254,16 +258,21 @@ class _FilledIn(ResolveMixin):
         return f"<{self._what} from {tasks}>"
 
 
-def _fill_in(upload: Any, what: str, make: Callable[[DataRef], str]) -> Any:
+def _parse_upload(upload: Any) -> DataRef | ResolveMixin:
+    """Return the ref, or the output that will be one when templates are rendered."""
     if isinstance(upload, Mapping | str):
-        return make(parse_data_ref(upload))
+        return parse_data_ref(upload)
     output = upload if isinstance(upload, ResolveMixin) else getattr(upload, "output", None)
     if not isinstance(output, ResolveMixin):
         raise InvalidInputError(
             f"upload is a {type(upload).__name__}; expected a DataUploadOperator, a CacheSensor, "
             "the output of a task that returns a ref, or a ref"
         )
-    return _FilledIn(output, what, make)
+    return output
+
+
+def _fill_in(source: DataRef | ResolveMixin, what: str, make: Callable[[DataRef], str]) -> Any:
+    return make(source) if isinstance(source, DataRef) else _FilledIn(source, what, make)
 
 
 class _Pod:
@@ -299,7 +308,9 @@ class _Pod:
             )
         volumes.append({"name": self.label, **source})
 
-    def add_mount(self, upload: Any, mount_path: str | None, **more: Any) -> None:
+    def add_mount(
+        self, source: DataRef | ResolveMixin, mount_path: str | None, **more: Any
+    ) -> None:
         def mounted(ref: DataRef) -> str:
             if not ref.mount_path or not ref.mount_path.startswith("/"):
                 raise InvalidInputError(
@@ -310,7 +321,7 @@ class _Pod:
 
         if mount_path is not None and not mount_path.startswith("/"):
             raise InvalidInputError(f"mount_path is {mount_path!r}; expected an absolute path")
-        where = mount_path or _fill_in(upload, "mount path", mounted)
+        where = mount_path or _fill_in(source, "mount path", mounted)
         self._base.setdefault("volumeMounts", []).append(
             {"name": self.label, "mountPath": where, "readOnly": True, **more}
         )
@@ -318,7 +329,7 @@ class _Pod:
         self._base.setdefault("env", []).extend(
             [
                 {"name": path, "value": where},
-                {"name": ref, "value": _fill_in(upload, "ref", _to_json)},
+                {"name": ref, "value": _fill_in(source, "ref", _to_json)},
             ]
         )
 

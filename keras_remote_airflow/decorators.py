@@ -15,8 +15,9 @@ from keras_remote_airflow._compat import (
     PythonOperator,
     task_decorator_factory,
 )
-from keras_remote_airflow.core.refs import is_data_ref, parse_data_ref
-from keras_remote_airflow.execution import connect, permanent_errors_fail_the_task
+from keras_remote_airflow.connection import connect
+from keras_remote_airflow.core.refs import DataRef, is_data_ref, parse_data_ref
+from keras_remote_airflow.failures import permanent_errors_fail_the_task
 
 
 def local_data_task(
@@ -29,10 +30,10 @@ def local_data_task(
     Every ref is replaced by the path of what it names, downloaded and verified as `materialize`
     does it: the directory, or the file. Refs are found at any depth of dicts, lists, tuples and
     dataclasses, whose types stay what they are; what a mapped task has pushed becomes a list if
-    there are refs in it. Nowhere else: the text of a ref, such as a template renders it, stays that
-    text, and a ref inside another object (of attrs, of pydantic, in a set) stays a ref. A ref that
-    occurs twice is downloaded once. Where the ref says that a training job should see the data
-    (`mount_path`) is no concern of the worker, and is ignored.
+    there are refs in it. Refs are not looked for elsewhere: the text of a ref, as a template
+    renders it, stays that text, and a ref inside another object (of attrs, of pydantic, in a set)
+    stays a ref. A ref that occurs twice is downloaded once. The ref's `mount_path` is ignored,
+    because it says where a training job, not this worker, should see the data.
 
     Errors that stay true (a malformed ref, an unusable `dest`) fail the task at once; data that is
     not what its ref names and refusals or outages of Cloud Storage are left to its `retries`.
@@ -57,22 +58,17 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
         dest: directory on the worker below which the data is put, each dataset in a directory
             named by its content. It stays there, and later tasks on that worker reuse it, verified
             anew. None takes a temporary directory for this run of the task alone, which is removed
-            when the function has returned or raised: a path into it is of no use to other tasks.
+            when the function has returned or raised; other tasks cannot use paths into it.
             Templated.
-        project_id: project id of the client, on which no request made here depends; None takes the
-            connection's, then `KERAS_REMOTE_PROJECT` or `GOOGLE_CLOUD_PROJECT`. Templated.
-        gcp_conn_id: id of the Google Cloud connection. It needs roles/storage.objectViewer on the
-            bucket. It is looked up only if there is a ref among the arguments. Templated.
-        impersonation_chain: service account to impersonate, or a chain of them whose last one is
-            impersonated. Templated.
+        gcp_conn_id, impersonation_chain, user_project: see `connection`. Templated.
     """
 
     template_fields: Sequence[str] = (
         *PythonOperator.template_fields,
         "dest",
-        "project_id",
         "gcp_conn_id",
         "impersonation_chain",
+        "user_project",
     )
     custom_operator_name = "@task.local_data"
     ui_color = "#d2e3fc"
@@ -86,9 +82,9 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
         op_args: Any = None,
         op_kwargs: Any = None,
         dest: str | None = None,
-        project_id: str | None = None,
         gcp_conn_id: str = "google_cloud_default",
         impersonation_chain: str | Sequence[str] | None = None,
+        user_project: str | None = None,
         **kwargs: Any,
     ) -> None:
         function = {
@@ -98,15 +94,15 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
         }
         super().__init__(**function, kwargs_to_upstream=function, **kwargs)
         self.dest = dest
-        self.project_id = project_id
         self.gcp_conn_id = gcp_conn_id
         self.impersonation_chain = impersonation_chain
+        self.user_project = user_project
 
     def execute(self, context: Context) -> Any:
         folder = self.dest or tempfile.mkdtemp(prefix="keras-remote-")
         self._running = True
         try:
-            paths = _Paths(self._fetcher(os.path.expanduser(folder)))
+            paths = PathsForRefs(self._fetcher(os.path.expanduser(folder)))
             with permanent_errors_fail_the_task():
                 self.op_args = paths.put_into(self.op_args)
                 self.op_kwargs = paths.put_into(self.op_kwargs)
@@ -125,34 +121,39 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
         if self._running and not SIGTERM_RAISES:
             raise SystemExit("killed")
 
-    def _fetcher(self, folder: str) -> Callable[[dict[str, Any]], str]:
+    def _fetcher(self, folder: str) -> Callable[[DataRef], str]:
         client: Any = None
 
-        def fetch(ref: dict[str, Any]) -> str:
+        def fetch(ref: DataRef) -> str:
             from keras_remote_airflow.core.datasets.materialize import materialize
 
             nonlocal client
             if client is None:
-                client, _ = connect(self.gcp_conn_id, self.impersonation_chain, self.project_id)
-            return materialize(ref | {"mount_path": None}, cache_dir=folder, client=client)
+                client = connect(self.gcp_conn_id, self.impersonation_chain)
+            return materialize(
+                dataclasses.replace(ref, mount_path=None),
+                cache_dir=folder,
+                client=client,
+                user_project=self.user_project,
+            )
 
         return fetch
 
 
-class _Paths:
+class PathsForRefs:
     """Puts paths where refs are; a value without refs is returned as it is, the very object.
 
     Args:
         fetch: returns the path for a ref; called once for each dataset.
     """
 
-    def __init__(self, fetch: Callable[[dict[str, Any]], str]) -> None:
+    def __init__(self, fetch: Callable[[DataRef], str]) -> None:
         self._fetch = fetch
         self._fetched: dict[tuple[str, bool], str] = {}
 
     def put_into(self, value: Any) -> Any:
         if is_data_ref(value):
-            return self._path(value)
+            return self._path(parse_data_ref(value))
         if isinstance(value, dict):
             return self._put_items(value, value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -161,9 +162,8 @@ class _Paths:
             return self._put_elements(value)
         return value
 
-    def _path(self, ref: dict[str, Any]) -> str:
-        parsed = parse_data_ref(ref)
-        key = parsed.gcs_uri, parsed.is_dir
+    def _path(self, ref: DataRef) -> str:
+        key = ref.gcs_uri, ref.is_dir
         if key not in self._fetched:
             self._fetched[key] = self._fetch(ref)
         return self._fetched[key]

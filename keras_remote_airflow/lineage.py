@@ -1,6 +1,7 @@
-"""What OpenLineage is told of an upload: from which path, to which prefix, which version.
+"""What OpenLineage learns about an upload: from which path, to which prefix, which version.
 
-Imported only when Airflow's OpenLineage provider asks, and only then is that provider needed.
+Airflow's OpenLineage provider is needed only here, and this module is imported only when that
+provider asks.
 """
 
 from typing import TYPE_CHECKING, Any

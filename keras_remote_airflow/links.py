@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 from keras_remote_airflow._compat import BaseOperatorLink, XCom
 from keras_remote_airflow.core.layout import split_gcs_uri
-from keras_remote_airflow.core.refs import is_data_ref, parse_data_ref
+from keras_remote_airflow.core.refs import DataRef, is_data_ref, parse_data_ref
 
 if TYPE_CHECKING:
     from keras_remote_airflow._compat import BaseOperator, TaskInstanceKey
@@ -25,15 +25,14 @@ class DatasetLink(BaseOperatorLink):
     def get_link(self, operator: "BaseOperator", *, ti_key: "TaskInstanceKey") -> str:  # noqa: ARG002 - Airflow's signature
         """Return the URL, or "" while the task has pushed no ref."""
         value = XCom.get_value(ti_key=ti_key, key="return_value")
-        return console_url(value) if is_data_ref(value) else ""
+        return console_url(parse_data_ref(value)) if is_data_ref(value) else ""
 
 
-def console_url(data_ref: object) -> str:
-    """Return the page of Google's console that shows what `data_ref` names.
+def console_url(ref: DataRef) -> str:
+    """Return the page of Google's console that shows what `ref` names.
 
     Cached data is shown as a folder, a single file too: the ref names the prefix it lies under.
     """
-    ref = parse_data_ref(data_ref)
     bucket, name = split_gcs_uri(ref.gcs_uri)
     if ref.is_prefix:
         return f"{_CONSOLE}/{bucket}/{quote(name.rstrip('/'))}"

@@ -6,8 +6,8 @@
     keras_remote.upload.bytes      counter: bytes sent
     keras_remote.upload.duration   timer, milliseconds: hashing and sending
 
-Each has the tags `dag_id` and `task_id`, where the backend knows tags. Data that was on Cloud
-Storage already, and uploads that failed, count for nothing.
+Each has the tags `dag_id` and `task_id`, where the backend knows tags. Uploads that failed are not
+counted, nor is data that was given as a `gs://` URI.
 """
 
 from datetime import timedelta

@@ -9,21 +9,18 @@ from keras_remote_airflow._compat import (
     BaseOperator,
     Context,
 )
-from keras_remote_airflow.assets import describe_events
+from keras_remote_airflow.assets import fill_outlet_events, is_work_of_an_earlier_try
+from keras_remote_airflow.connection import connect
 from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.layout import get_layout
 from keras_remote_airflow.core.refs import DataRef
-from keras_remote_airflow.execution import (
-    connect,
-    is_work_of_an_earlier_try,
-    permanent_errors_fail_the_task,
-)
+from keras_remote_airflow.failures import permanent_errors_fail_the_task
 from keras_remote_airflow.links import DatasetLink
 from keras_remote_airflow.metrics import count_upload
 
 if TYPE_CHECKING:
-    from keras_remote_airflow.core.datasets.upload import UploadResult
     from keras_remote_airflow.core.data import Data
+    from keras_remote_airflow.core.datasets.upload import UploadResult
 
 _ON_CACHE_HIT = ("continue", "skip")
 
@@ -32,8 +29,8 @@ class DataUploadOperator(BaseOperator):
     """Upload a local file or directory to Cloud Storage, unless these very bytes are there.
 
     The task reads and hashes the data on the worker. If a dataset is published under that hash,
-    nothing is written; otherwise what is missing goes up, and the marker that publishes it last.
-    `gs://` data is passed through without a request. See `core.cache.upload`.
+    nothing is written; otherwise what is missing is uploaded, and last the marker, which publishes
+    it. `gs://` data is passed through without a request. See `core.datasets.upload`.
 
     XComs: `return_value` is the ref, a plain dict (see `core.refs`), each of its fields is pushed
     too (`upload.output["gcs_uri"]` works), and `upload_stats` is {"content_hash", "cache_hit",
@@ -41,9 +38,9 @@ class DataUploadOperator(BaseOperator):
 
     Outlets: an `AssetAlias` (Airflow 2: `DatasetAlias`) gets an event only when the data is new,
     so a DAG scheduled on it runs once per changed dataset; an `Asset` gets one on every success,
-    as ever. Both events carry the ref and the content hash, see `assets`. Data is new when it was
-    not published before; a retry counts what an earlier try of the same run published as new, and
-    `gs://` data, which has no hash, always is.
+    as from any task. Both events carry the ref and the content hash, see `assets`. Data is new when
+    it was not published before; a retry counts what an earlier try of the same run published as
+    new, and `gs://` data, which has no hash, always is.
 
     Metrics: see `metrics`. OpenLineage, where its provider is installed: see `lineage`.
 
@@ -55,21 +52,16 @@ class DataUploadOperator(BaseOperator):
         data: path of a file or directory on the worker, or a `gs://` URI. It is only looked at
             when the task runs. Templated.
         bucket_name: bare name of an existing bucket. Templated.
-        namespace_prefix: what leads every object name. Templated.
+        namespace_prefix: first part of every object name. Templated.
         mount_path: where a training job should see the data; passed on in the ref. Templated.
-        project_id: project id of the client, on which no request made here depends; None takes the
-            connection's, then `KERAS_REMOTE_PROJECT` or `GOOGLE_CLOUD_PROJECT`. Templated.
-        gcp_conn_id: id of the Google Cloud connection. It needs roles/storage.objectCreator and
-            objectViewer on the bucket. Templated.
-        impersonation_chain: service account to impersonate, or a chain of them whose last one is
-            impersonated. Templated.
+        gcp_conn_id, impersonation_chain, user_project: see `connection`. Templated.
         layout: "keras_remote", or "kinetic" to share the cache with keras-kinetic. Templated.
         verify: how much of the listing a hit is checked against: "page" (the first 1,000 objects,
             one request) or "full". Templated.
         hash_index: file on the worker that remembers the hashes of unchanged files, see
-            `core.index`; None takes the worker's `KERAS_REMOTE_HASH_INDEX`, or reads every file.
-            Templated.
-        on_cache_hit: "continue", or "skip" to end as skipped, and with it what is downstream, when
+            `core.disk.index`; None takes the worker's `KERAS_REMOTE_HASH_INDEX`, or reads every
+            file. Templated.
+        on_cache_hit: "continue", or "skip" to end as skipped, and what is downstream with it, when
             the data is not new. The XComs are pushed either way.
         multiple_outputs: push each field of the ref as an XCom of its own too.
     """
@@ -79,9 +71,9 @@ class DataUploadOperator(BaseOperator):
         "bucket_name",
         "namespace_prefix",
         "mount_path",
-        "project_id",
         "gcp_conn_id",
         "impersonation_chain",
+        "user_project",
         "layout",
         "verify",
         "hash_index",
@@ -99,9 +91,9 @@ class DataUploadOperator(BaseOperator):
         bucket_name: str,
         namespace_prefix: str = "default",
         mount_path: str | None = None,
-        project_id: str | None = None,
         gcp_conn_id: str = "google_cloud_default",
         impersonation_chain: str | Sequence[str] | None = None,
+        user_project: str | None = None,
         layout: str = "keras_remote",
         verify: str = "page",
         hash_index: str | None = None,
@@ -114,9 +106,9 @@ class DataUploadOperator(BaseOperator):
         self.bucket_name = bucket_name
         self.namespace_prefix = namespace_prefix
         self.mount_path = mount_path
-        self.project_id = project_id
         self.gcp_conn_id = gcp_conn_id
         self.impersonation_chain = impersonation_chain
+        self.user_project = user_project
         self.layout = layout
         self.verify = verify
         self.hash_index = hash_index
@@ -133,23 +125,22 @@ class DataUploadOperator(BaseOperator):
             result = self._result = self._upload()
         count_upload(result, {"dag_id": self.dag_id, "task_id": self.task_id})
         layout = get_layout(self.layout)
-        ref = DataRef(result.gcs_uri, result.is_dir, self.mount_path, layout).to_dict()
-        # Airflow adds events only when a task succeeds. If the try that published the data did not
-        # live to see that, its retry finds a hit, and has to speak for it.
+        ref = DataRef(result.gcs_uri, result.is_dir, self.mount_path, layout)
         is_new = not result.cache_hit or is_work_of_an_earlier_try(context, result.published_at)
-        describe_events(context, self.outlets, ref, result.content_hash, is_new=is_new)
-        context["ti"].xcom_push(key="upload_stats", value=result.stats())
+        fill_outlet_events(context, self.outlets, ref, result.content_hash, is_new=is_new)
+        push = context["ti"].xcom_push
+        push(key="upload_stats", value=result.stats())
+        fields = ref.to_dict()
         if self.on_cache_hit == "skip" and not is_new:
-            for key, value in {
-                "return_value": ref,
-                **(ref if self.multiple_outputs else {}),
-            }.items():
-                context["ti"].xcom_push(key=key, value=value)
+            # Airflow pushes what a task returns, and nothing for one that is skipped.
+            push(key="return_value", value=fields)
+            for key, value in fields.items() if self.multiple_outputs else ():
+                push(key=key, value=value)
             raise AirflowSkipException(
-                f"{result.gcs_uri} is published already: nothing new. If it was never trained on, "
-                "clear the task that trains."
+                "Skipping: nothing new, the data is published already. If it was never trained on, "
+                f"clear the task that trains: {result.gcs_uri}"
             )
-        return ref
+        return fields
 
     def dry_run(self) -> None:
         """Log what would be uploaded, and where to; write nothing to Cloud Storage.
@@ -160,21 +151,21 @@ class DataUploadOperator(BaseOperator):
         self._upload(dry_run=True)
 
     def _upload(self, *, dry_run: bool = False) -> "UploadResult":
-        from keras_remote_airflow.core.datasets.upload import upload
         from keras_remote_airflow.core.data import as_data
+        from keras_remote_airflow.core.datasets.upload import upload
 
         data = as_data(self.data)
-        client = project = None
+        client = None
         if not data.is_gcs:
-            client, project = connect(self.gcp_conn_id, self.impersonation_chain, self.project_id)
+            client = connect(self.gcp_conn_id, self.impersonation_chain)
         self._transferring = True
         try:
             return upload(
                 self.bucket_name,
                 data,
-                project,
-                self.namespace_prefix,
+                namespace_prefix=self.namespace_prefix,
                 client=client,
+                user_project=self.user_project,
                 layout=self.layout,
                 verify=self.verify,
                 hash_index=self.hash_index,
@@ -184,7 +175,7 @@ class DataUploadOperator(BaseOperator):
             self._transferring = False
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:  # noqa: ARG002 - OpenLineage's signature
-        """Tell Airflow's OpenLineage provider what was read and written."""
+        """Return to Airflow's OpenLineage provider what was read and written."""
         from keras_remote_airflow.core.data import as_data
         from keras_remote_airflow.lineage import describe_upload
 
@@ -194,10 +185,10 @@ class DataUploadOperator(BaseOperator):
         """Stop the transfer.
 
         Airflow calls this from its SIGTERM handler, in the thread that waits for the transfer, so
-        raising here ends the wait; `core` then cancels what is in flight. (After an
-        `execution_timeout`, which calls this too, nothing is in flight any more.)
+        raising here ends the wait; `core` then cancels what is in flight. (An `execution_timeout`
+        calls this too, but by then nothing is in flight.)
         """
         if self._transferring and not SIGTERM_RAISES:
-            # SystemExit, because Airflow 3 retries a task that ends by it if retries are left, as
-            # a task whose worker is taken away should be; AirflowTaskTerminated fails for good.
+            # Airflow 3 retries a task that ends by SystemExit if retries are left, which is right
+            # for a task whose worker is taken away; AirflowTaskTerminated fails it for good.
             raise SystemExit("killed while uploading; nothing was published")

@@ -1,4 +1,7 @@
-"""What this package tells Airflow's provider manager (entry point `apache_airflow_provider`)."""
+"""What Airflow's provider manager learns of this package (entry point `apache_airflow_provider`).
+
+Nothing is imported here that can fail: Airflow asks even where the package cannot work.
+"""
 
 from typing import Any
 
@@ -6,12 +9,13 @@ from typing import Any
 def get_provider_info() -> dict[str, Any]:
     """Return the package's provider info.
 
-    Only keys that some supported Airflow acts on; all take a provider that has more. Airflow 2
-    shows an extra link only when it is named here, since its webserver deserializes no other class.
+    It has only keys that some supported Airflow acts on; every Airflow ignores the others. Airflow
+    2 shows an extra link only when it is named here, since its webserver deserializes no other
+    class.
 
     The plugin is not named here but has an entry point of its own: from here it would be loaded
-    only with `[core] lazy_discover_providers` off, and from both places Airflow 3.3 would call the
-    second one an error.
+    only with `[core] lazy_discover_providers` off, and from both places Airflow 3.3 would report
+    the second one as an error.
     """
     return {
         "package-name": "keras-remote-airflow",

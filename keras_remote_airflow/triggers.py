@@ -6,17 +6,18 @@ import math
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
-from typing import Any
-
-from asgiref.sync import sync_to_async
+from typing import TYPE_CHECKING, Any
 
 from keras_remote_airflow._compat import BaseTrigger, TriggerEvent
+from keras_remote_airflow.awaited import AwaitedDataset
 from keras_remote_airflow.core.errors import PERMANENT_ERRORS, StoreError
-from keras_remote_airflow.execution import Connection
-from keras_remote_airflow.lookup import Lookup
+from keras_remote_airflow.core.refs import DataRef
 
-# The worker has just used the same connection, so a failure to get it here is a hiccup (of the
-# database, a secret backend, a token service), or a triggerer set up differently from the workers.
+if TYPE_CHECKING:
+    from google.cloud.storage import Client
+
+# The worker has just used the same connection. A failure to get it here is therefore a short one
+# (of the database, a secret backend, a token service), or the triggerer is set up differently.
 _CONNECT_ATTEMPTS = 5
 
 
@@ -32,19 +33,19 @@ class CacheTrigger(BaseTrigger):
     triggerer's event loop never waits for the network.
 
     Args:
-        lookup: the fields of a `Lookup`, as a dict.
+        awaited: the fields of an `AwaitedDataset`, as a dict.
         poke_interval: seconds between looks, or between the first two.
-        deadline: when to give up, in seconds since the epoch. An instant, so that it holds when
-            the trigger moves to another triggerer, and under `dag.test()`, which knows no
-            deferral timeout.
+        deadline: when to give up, in seconds since the epoch. It is an instant, so that it holds
+            when the trigger moves to another triggerer, and under `dag.test()`, which ignores the
+            timeout of a deferral.
         exponential_backoff: wait twice as long after each look.
-        max_wait: seconds that these waits do not exceed; None is no such bound.
+        max_wait: seconds that these waits do not exceed; None sets no such bound.
         silent_fail: wait out refusals of Cloud Storage as well.
     """
 
     def __init__(
         self,
-        lookup: dict[str, Any],
+        awaited: dict[str, Any],
         poke_interval: float,
         deadline: float,
         exponential_backoff: bool = False,
@@ -52,7 +53,7 @@ class CacheTrigger(BaseTrigger):
         silent_fail: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Airflow's is untyped
-        self.lookup = Lookup(**lookup)
+        self.awaited = AwaitedDataset(**awaited)
         self.poke_interval = poke_interval
         self.deadline = deadline
         self.exponential_backoff = exponential_backoff
@@ -63,7 +64,7 @@ class CacheTrigger(BaseTrigger):
         return (
             f"{CacheTrigger.__module__}.{CacheTrigger.__qualname__}",
             {
-                "lookup": asdict(self.lookup),
+                "awaited": asdict(self.awaited),
                 "poke_interval": self.poke_interval,
                 "deadline": self.deadline,
                 "exponential_backoff": self.exponential_backoff,
@@ -77,43 +78,47 @@ class CacheTrigger(BaseTrigger):
 
     async def _wait(self) -> dict[str, Any]:
         try:
-            connection = await self._connect()
+            client = await self._connect()
             for interval in self._intervals():
-                # Asked before the look, so that there is one at the deadline itself.
+                # Asked before the look, so that one look happens at the deadline itself.
                 is_last = time.time() >= self.deadline
-                ref = await asyncio.to_thread(self._look, connection)
+                ref = await asyncio.to_thread(self._look, client)
                 if ref is not None:
-                    return {"status": "found", "ref": ref}
+                    return {"status": "found", "ref": ref.to_dict()}
                 if is_last:
-                    return {"status": "timeout", "message": f"{self.lookup} did not appear"}
+                    uri = self.awaited.gcs_uri
+                    return {"status": "timeout", "message": f"no dataset appeared at {uri}"}
                 await self._pause(interval)
             raise AssertionError("the intervals do not end")
         except (*PERMANENT_ERRORS, StoreError) as exc:
             permanent = isinstance(exc, PERMANENT_ERRORS)
             return {"status": "failed", "message": str(exc), "permanent": permanent}
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> "Client":
+        from asgiref.sync import sync_to_async  # comes with Airflow
+
         for attempt in itertools.count(1):
             try:
                 # Not asyncio.to_thread: a connection kept in Airflow's database can be fetched
                 # only from the thread that asgiref ties to the event loop.
-                return await sync_to_async(self.lookup.connect)()
+                return await sync_to_async(self.awaited.connect)()
             except Exception as exc:
                 if attempt == _CONNECT_ATTEMPTS or time.time() >= self.deadline:
                     raise
                 self.log.warning(
-                    "Could not get connection %s, will try again: %r", self.lookup.gcp_conn_id, exc
+                    "Could not get connection %s, will try again: %r", self.awaited.gcp_conn_id, exc
                 )
             await self._pause(self.poke_interval)
         raise AssertionError("count() does not end")
 
-    def _look(self, connection: Connection) -> dict[str, Any] | None:
+    def _look(self, client: "Client") -> DataRef | None:
         try:
-            return self.lookup.look(connection)
+            return self.awaited.look(client)
         except StoreError as exc:
             if not self.silent_fail:
                 raise
-            self.log.error("Could not look for %s, will look again: %s", self.lookup, exc)
+            uri = self.awaited.gcs_uri
+            self.log.error("Could not look, will look again (%s): %s", exc, uri)
             return None
 
     def _intervals(self) -> Iterator[float]:

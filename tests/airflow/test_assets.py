@@ -1,10 +1,13 @@
-"""Asset events of uploads, in a whole DAG run."""
+"""Asset events of uploads, in a whole DAG run, and what a retry adds to them."""
 
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from keras_remote_airflow import upload_data
+from keras_remote_airflow.assets import is_work_of_an_earlier_try
 from keras_remote_airflow.core.data import Data
 from keras_remote_airflow.core.refs import make_data_ref
 
@@ -64,7 +67,7 @@ def test_an_alias_has_events_for_new_data_only(
     through_alias = {event.task: event for event in events if event.aliases}
     assert {task: event.extra for task, event in through_alias.items()} == {
         "miss": extra("default"),
-        "dies": extra("dies"),  # its retry speaks for the try that published
+        "dies": extra("dies"),  # its retry adds the event for the try that published
         "many[0]": extra("many"),
         "many[1]": extra("many", file_hash, is_dir=False),
         "gcs": on_gcs,
@@ -81,3 +84,34 @@ def test_an_alias_has_events_for_new_data_only(
     assert ref | {"content_hash": folder_hash} == extra("default")
     assert gcs_uri == ref["gcs_uri"]
     assert (stats["cache_hit"], stats["content_hash"]) == (True, folder_hash)
+
+
+BEGAN = datetime(2026, 1, 31, 12, 0, 0, 500_000, UTC)
+
+
+def context_of_try(try_number):
+    return {
+        "ti": SimpleNamespace(try_number=try_number),
+        "dag_run": SimpleNamespace(start_date=BEGAN),
+    }
+
+
+@pytest.mark.parametrize(
+    ("published_at", "expected"),
+    [
+        ("2026-01-31T12:00:01Z", True),
+        ("2026-01-31T12:00:00Z", True),  # receipts hold whole seconds
+        ("2026-01-31T11:59:59Z", False),
+        ("2026-01-31T13:00:01+01:00", True),
+        (None, False),
+        ("", False),
+        ("yesterday", False),
+        ("2026-01-31T12:00:01", False),
+    ],
+)
+def test_a_retry_counts_what_was_published_since_its_run_began(published_at, expected):
+    assert is_work_of_an_earlier_try(context_of_try(2), published_at) is expected
+
+
+def test_a_first_try_has_no_earlier_one():
+    assert not is_work_of_an_earlier_try(context_of_try(1), "2026-01-31T12:00:01Z")

@@ -10,8 +10,8 @@ import pytest
 
 from keras_remote_airflow import Data, upload_data
 from keras_remote_airflow._compat import SIGTERM_RAISES, AirflowFailException
-from keras_remote_airflow.core.refs import make_data_ref
-from keras_remote_airflow.decorators import LocalDataOperator, _Paths, local_data_task
+from keras_remote_airflow.core.refs import make_data_ref, parse_data_ref
+from keras_remote_airflow.decorators import LocalDataOperator, PathsForRefs, local_data_task
 
 DAGS = Path(__file__).parent / "dags"
 REF = make_data_ref("gs://test-bucket/default/data-cache/" + "a" * 64, True)
@@ -24,9 +24,9 @@ def paths():
 
     def fetch(ref):
         fetched.append(ref)
-        return f"/local/{ref['gcs_uri'][-1]}"
+        return f"/local/{ref.gcs_uri[-1]}"
 
-    paths = _Paths(fetch)
+    paths = PathsForRefs(fetch)
     paths.fetched = fetched
     return paths
 
@@ -117,7 +117,7 @@ def test_what_holds_no_ref_that_is_looked_for_is_the_very_same_object(paths, val
 def test_a_ref_that_occurs_twice_is_fetched_once(paths):
     value = {"a": REF, "b": [REF | {"mount_path": "/x"}], "c": OTHER}
     assert paths.put_into(value) == {"a": "/local/a", "b": ["/local/a"], "c": "/local/b"}
-    assert paths.fetched == [REF, OTHER]
+    assert paths.fetched == [parse_data_ref(REF), parse_data_ref(OTHER)]
 
 
 def test_arguments_handed_in_are_not_changed(paths):
@@ -183,9 +183,9 @@ def test_an_unusable_dest_fails_the_task_for_good(call, uploaded, tmp_path):
 def test_constructing_it_leaves_its_arguments_alone():
     arguments = {
         "dest": "~/{{ 1 }}",
-        "project_id": "{{ 2 }}",
-        "gcp_conn_id": "{{ 3 }}",
-        "impersonation_chain": ("{{ 4 }}",),
+        "gcp_conn_id": "{{ 2 }}",
+        "impersonation_chain": ("{{ 3 }}",),
+        "user_project": "{{ 4 }}",
     }
     operator = task(print, REF, **arguments)
     assert {name: getattr(operator, name) for name in arguments} == arguments

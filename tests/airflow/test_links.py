@@ -4,7 +4,7 @@ import pytest
 
 from keras_remote_airflow import CacheSensor, DataUploadOperator
 from keras_remote_airflow._compat import XCom
-from keras_remote_airflow.core.refs import make_data_ref
+from keras_remote_airflow.core.refs import DataRef
 from keras_remote_airflow.decorators import LocalDataOperator
 from keras_remote_airflow.links import DatasetLink, console_url
 
@@ -23,7 +23,7 @@ PREFIX = "default/data-cache/" + "0" * 64
     ],
 )
 def test_opens_the_folder_or_the_object(gcs_uri, is_dir, url):
-    assert console_url(make_data_ref(gcs_uri, is_dir)) == url
+    assert console_url(DataRef(gcs_uri, is_dir)) == url
 
 
 @pytest.mark.parametrize("value", [None, {}, "text"])

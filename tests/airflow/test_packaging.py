@@ -1,12 +1,19 @@
 """What Airflow, and a DAG file, see of the package before any task runs."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
+from keras_remote_airflow import _compat
 from keras_remote_airflow.provider_info import get_provider_info
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def run(code, env, *arguments):
@@ -19,6 +26,128 @@ def run(code, env, *arguments):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
+
+
+NEED_AIRFLOW = ["assets", "consumers", "decorators", "links", "operators", "sensors", "triggers"]
+AIRFLOW = "apache-airflow"
+CORE = "apache-airflow-core"
+GOOGLE = "apache-airflow-providers-google"
+
+# -S: nothing of what is installed is seen, only our package and the folder with the distributions.
+IMPORT_ALL = """
+import importlib, json, sys
+sys.path += sys.argv[1:3]
+said = {}
+for name in sys.argv[3:]:
+    try:
+        importlib.import_module(f"keras_remote_airflow.{name}")
+    except ImportError as exc:
+        said[name] = str(exc)
+import keras_remote_airflow
+try:
+    keras_remote_airflow.DataUploadOperator
+except ImportError as exc:
+    said["DataUploadOperator"] = str(exc)
+print(json.dumps([said, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+
+
+def install(folder, **versions):
+    """Make distributions of which only the metadata is there."""
+    for name, version in versions.items():
+        info = folder / f"{name}-{version}.dist-info"
+        info.mkdir()
+        text = f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n\nVersion: of a README"
+        (info / "METADATA").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("installed", "facts"),
+    [
+        ({}, [AIRFLOW, _compat.MIN_AIRFLOW, "none"]),
+        ({AIRFLOW: "2.10.5", GOOGLE: "19.0.0"}, [AIRFLOW, _compat.MIN_AIRFLOW, "2.10.5"]),
+        ({AIRFLOW: "2.9.3+composer"}, [AIRFLOW, _compat.MIN_AIRFLOW, "2.9.3+composer"]),
+        ({AIRFLOW: "2.11.0"}, [GOOGLE, _compat.MIN_GOOGLE_PROVIDER, "none"]),
+        ({CORE: "3.3.2"}, [GOOGLE, _compat.MIN_GOOGLE_PROVIDER, "none"]),
+        ({CORE: "3.10.0", GOOGLE: "18.1.0"}, [GOOGLE, _compat.MIN_GOOGLE_PROVIDER, "18.1.0"]),
+    ],
+    ids=str,
+)
+def test_where_it_cannot_work_one_line_says_what_to_install(installed, facts, tmp_path):
+    folder = install(tmp_path, **installed)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", IMPORT_ALL, str(REPOSITORY), str(folder), *NEED_AIRFLOW],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    said, imported = json.loads(done.stdout)
+    assert said.keys() == {*NEED_AIRFLOW, "DataUploadOperator"}
+    (message,) = set(said.values())
+    assert len(message.splitlines()) == 1
+    for fact in [*facts, "pip install 'keras-remote-airflow[airflow]'"]:
+        assert fact in message
+    assert not {"airflow", "google"}.intersection(imported), "metadata is enough"
+
+
+@pytest.mark.parametrize("installed", [{}, {AIRFLOW: "2.10.5"}], ids=str)
+def test_plugin_and_provider_info_load_where_the_package_cannot_work(installed, tmp_path):
+    code = """
+import json, sys
+sys.path += sys.argv[1:]
+from keras_remote_airflow.plugin import KerasRemotePlugin
+from keras_remote_airflow.provider_info import get_provider_info
+print(json.dumps([KerasRemotePlugin.name, get_provider_info()["package-name"]]))
+"""
+    folder = install(tmp_path, **installed)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, str(REPOSITORY), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert json.loads(done.stdout) == ["keras_remote", "keras-remote-airflow"]
+    assert done.stderr == ""
+
+
+def test_the_lower_bounds_are_those_of_the_extra():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    bounds = dict(
+        requirement.split(">=") for requirement in project["optional-dependencies"]["airflow"]
+    )
+    assert bounds[AIRFLOW] == _compat.MIN_AIRFLOW
+    assert bounds[GOOGLE] == _compat.MIN_GOOGLE_PROVIDER
+
+
+STARTED_PYTEST = """
+import sys
+loaded = sorted(sys.modules)
+
+def pytest_sessionstart(session):
+    print("LOADED", *loaded)
+"""
+
+
+def test_starting_pytest_imports_neither_airflow_nor_what_talks_to_cloud_storage(tmp_path):
+    (tmp_path / "conftest.py").write_text(STARTED_PYTEST)
+    (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", str(tmp_path)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = re.findall(r"^LOADED (.*)$", done.stdout, re.MULTILINE)
+    loaded = set(line.split())
+    assert "keras_remote_airflow.testing.plugin" in loaded
+    # Not "google" itself, which some environments load at start-up as a namespace.
+    heavy = {"airflow", "aiohttp", "google_crc32c", "google.auth", "google.cloud.storage"}
+    assert not heavy & loaded
 
 
 ALL_MODULES = """
@@ -132,6 +261,24 @@ def airflow_lists(env, *command):
 def test_airflow_lists_the_provider(airflow_home):
     providers, _ = airflow_lists(airflow_home, "providers", "list")
     assert "keras-remote-airflow" in [provider["package_name"] for provider in providers]
+
+
+def test_airflow_passes_over_the_plugin_in_silence_where_the_package_cannot_work(
+    airflow_home, tmp_path
+):
+    folder = install(tmp_path, **{GOOGLE: "18.1.0"})
+    path = os.pathsep.join([str(folder), airflow_home["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", "airflow", "plugins", "--output", "json"],
+        env=airflow_home | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "keras_remote" not in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("lazy", ["True", "False"])

@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import pytest
 
-from keras_remote_airflow import CacheSensor, execution, upload_data
+from keras_remote_airflow import CacheSensor, connection, upload_data
+from keras_remote_airflow.awaited import AwaitedDataset
 from keras_remote_airflow.core.refs import make_data_ref
-from keras_remote_airflow.lookup import Lookup
 from keras_remote_airflow.testing import Fault
 from keras_remote_airflow.triggers import CacheTrigger
 
@@ -23,8 +23,9 @@ MARKER = f"default/data-cache/{GOLDEN}/.cache_marker"
 REF = make_data_ref(f"gs://test-bucket/default/data-cache/{GOLDEN}", is_dir=True)
 
 
-def trigger(seconds=5.0, waits=(), **lookup):
-    fields = asdict(Lookup(**{"bucket_name": "test-bucket", "content_hash": GOLDEN} | lookup))
+def trigger(seconds=5.0, waits=(), **awaited):
+    known = {"bucket_name": "test-bucket", "content_hash": GOLDEN}
+    fields = asdict(AwaitedDataset(**known | awaited))
     return CacheTrigger(fields, 0.01, time.time() + seconds, **dict(waits))
 
 
@@ -51,6 +52,7 @@ def test_fires_the_ref(published):
 def test_survives_its_own_serialization_through_json(published):
     before = trigger(
         impersonation_chain=["a", "b"],
+        user_project="payer",
         layout="kinetic",
         mount_path="/m",
         verify="full",
@@ -149,7 +151,7 @@ def test_a_refusal_fails_but_may_be_retried(published, gcs_server):
 
 
 def test_fetches_the_connection_once_and_tries_again_when_that_fails(published, monkeypatch):
-    make_gcs_hook = execution.make_gcs_hook
+    make_gcs_hook = connection.make_gcs_hook
     calls = []
 
     def failing_twice(**arguments):
@@ -158,7 +160,7 @@ def test_fetches_the_connection_once_and_tries_again_when_that_fails(published, 
             raise ConnectionError("the database is restarting")
         return make_gcs_hook(**arguments)
 
-    monkeypatch.setattr(execution, "make_gcs_hook", failing_twice)
+    monkeypatch.setattr(connection, "make_gcs_hook", failing_twice)
     assert run(trigger())["status"] == "found"
     assert len(calls) == 3
 
@@ -167,7 +169,7 @@ def test_a_connection_that_never_comes_is_an_error_with_its_own_traceback(gcs_se
     def failing(**arguments):
         raise LookupError("no connection mine")
 
-    monkeypatch.setattr(execution, "make_gcs_hook", failing)
+    monkeypatch.setattr(connection, "make_gcs_hook", failing)
     with pytest.raises(LookupError, match="no connection mine"):
         run(trigger())
 

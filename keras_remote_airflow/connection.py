@@ -1,0 +1,27 @@
+"""Credentials of an Airflow connection.
+
+Every operator, sensor and decorator takes these three, all of them templated:
+
+    gcp_conn_id          id of a Google Cloud connection. It is fetched when the task runs, and only
+                         if there is something to ask Cloud Storage. Reading needs
+                         roles/storage.objectViewer on the bucket, uploading needs
+                         roles/storage.objectCreator too.
+    impersonation_chain  service account to impersonate, or a chain of them whose last one is
+                         impersonated; None leaves that to the connection.
+    user_project         id of the project that pays for the requests, for a bucket whose requester
+                         pays; None lets the bucket's own project pay.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from keras_remote_airflow._compat import make_gcs_hook
+
+if TYPE_CHECKING:
+    from google.cloud.storage import Client
+
+
+def connect(gcp_conn_id: str, impersonation_chain: str | Sequence[str] | None) -> "Client":
+    """Return the Cloud Storage client that an Airflow connection stands for."""
+    hook = make_gcs_hook(gcp_conn_id=gcp_conn_id, impersonation_chain=impersonation_chain)
+    return hook.get_conn()
