@@ -150,8 +150,8 @@ class CacheSensor(BaseSensorOperator):
                 return found.xcom_value
         awaited, _ = self._ready()
         self.log.info(
-            "Deferring for at most %s s, with a look every %s s (this needs a triggerer; without one, "
-            "pass deferrable=False): %s",
+            "Deferring for at most %s s, with a look every %s s (this needs a triggerer; without "
+            "one, pass deferrable=False): %s",
             self.timeout,
             self.poke_interval,
             awaited.gcs_uri,

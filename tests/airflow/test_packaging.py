@@ -55,7 +55,7 @@ print(json.dumps([said, sorted({name.partition(".")[0] for name in sys.modules})
 def install(folder, **versions):
     """Make distributions of which only the metadata is there."""
     for name, version in versions.items():
-        info = folder / f"{name}-{version}.dist-info"
+        info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
         text = f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n\nVersion: of a README"
         (info / "METADATA").write_text(text)
@@ -114,9 +114,8 @@ print(json.dumps([KerasRemotePlugin.name, get_provider_info()["package-name"]]))
 
 def test_the_lower_bounds_are_those_of_the_extra():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    bounds = dict(
-        requirement.split(">=") for requirement in project["optional-dependencies"]["airflow"]
-    )
+    required = project["dependencies"] + project["optional-dependencies"].get("airflow", [])
+    bounds = dict(requirement.split(">=") for requirement in required)
     assert bounds[AIRFLOW] == _compat.MIN_AIRFLOW
     assert bounds[GOOGLE] == _compat.MIN_GOOGLE_PROVIDER
 
