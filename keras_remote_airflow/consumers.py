@@ -26,7 +26,6 @@ from typing import Any
 
 from keras_remote_airflow._compat import Context, ResolveMixin
 from keras_remote_airflow.core.errors import InvalidInputError
-from keras_remote_airflow.core.layout import split_gcs_uri
 from keras_remote_airflow.core.refs import REF_VARIABLE, DataRef, parse_data_ref
 from keras_remote_airflow.failures import permanent_errors_fail_the_task
 
@@ -70,7 +69,7 @@ def gcsfuse_pod_kwargs(
             "driver": "gcsfuse.csi.storage.gke.io",
             "readOnly": True,
             "volumeAttributes": {
-                "bucketName": _fill_in(source, "bucket", lambda ref: _folder(ref)[0]),
+                "bucketName": _fill_in(source, "bucket", lambda ref: ref.bucket),
                 "mountOptions": _fill_in(
                     source, "mount options", lambda ref: _mount_options(ref, mount_options)
                 ),
@@ -373,12 +372,11 @@ def _to_json(ref: DataRef) -> str:
 
 
 def _gcs_path(ref: DataRef) -> str:
-    bucket, folder = _folder(ref)
-    return _escaped(posixpath.join("/gcs", bucket, folder))
+    return _escaped(posixpath.join("/gcs", ref.bucket, _folder(ref)))
 
 
 def _mount_options(ref: DataRef, more: str) -> str:
-    folder = _folder(ref)[1]
+    folder = _folder(ref)
     if "," in folder:
         raise InvalidInputError(
             f"Cloud Storage FUSE cannot mount {ref.gcs_uri} alone: its mount options are separated "
@@ -388,12 +386,9 @@ def _mount_options(ref: DataRef, more: str) -> str:
     return ",".join(filter(None, ["implicit-dirs", folder and f"only-dir={folder}", more]))
 
 
-def _folder(ref: DataRef) -> tuple[str, str]:
-    """Return the bucket, and the prefix that is the dataset or holds the single file."""
-    bucket, name = split_gcs_uri(ref.gcs_uri)
-    if ref.is_prefix:
-        return bucket, name.rstrip("/")
-    return bucket, posixpath.dirname(name)
+def _folder(ref: DataRef) -> str:
+    """Return the prefix in the bucket that is the dataset or holds the single file."""
+    return ref.object_name.rstrip("/") if ref.is_prefix else posixpath.dirname(ref.object_name)
 
 
 def _escaped(text: str) -> str:

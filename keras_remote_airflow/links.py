@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from keras_remote_airflow._compat import BaseOperatorLink, XCom
-from keras_remote_airflow.core.layout import split_gcs_uri
 from keras_remote_airflow.core.refs import DataRef, is_data_ref, parse_data_ref
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ def console_url(ref: DataRef) -> str:
 
     Cached data is shown as a folder, a single file too: the ref names the prefix it lies under.
     """
-    bucket, name = split_gcs_uri(ref.gcs_uri)
     if ref.is_prefix:
-        return f"{_CONSOLE}/{bucket}/{quote(name.rstrip('/'))}"
-    return f"{_CONSOLE}/_details/{bucket}/{quote(name)}"
+        return f"{_CONSOLE}/{ref.bucket}/{quote(ref.object_name.rstrip('/'))}"
+    return f"{_CONSOLE}/_details/{ref.bucket}/{quote(ref.object_name)}"
