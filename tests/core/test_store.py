@@ -16,16 +16,23 @@ from pathlib import Path
 import google_crc32c
 import pytest
 
+from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.cloud.gcs import DIGEST_KEY
+from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.store import (
+    FileToSend,
+    ObjectInfo,
+    ObjectStore,
+    ObjectToFetch,
+    how_to_clear,
+    list_objects,
+)
 from keras_remote_airflow.core.errors import (
     ConflictError,
     DataChangedError,
     IntegrityError,
     StoreError,
 )
-from keras_remote_airflow.core.cloud.bucket import open_bucket
-from keras_remote_airflow.core.cloud.store import ObjectToFetch, ObjectInfo, ObjectStore, FileToSend, how_to_clear, list_objects
-from keras_remote_airflow.core.cloud.gcs import DIGEST_KEY
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
 from keras_remote_airflow.testing import Fault
 
 from .memory_store import MemoryStore
@@ -349,7 +356,9 @@ def test_every_write_is_create_only_and_declares_its_checksum(gcs_server, gcs_bu
 def test_work_that_waits_for_its_own_store_is_an_error_and_no_deadlock(bucket, tmp_path):
     with open_bucket(bucket.name) as store:
         store.create("name", b"content")
-        downloads = (ObjectToFetch(info, str(tmp_path / "back")) for info in list_objects(store, ""))
+        downloads = (
+            ObjectToFetch(info, str(tmp_path / "back")) for info in list_objects(store, "")
+        )
         with pytest.raises(RuntimeError, match="its own store"):
             store.download(downloads, lambda _: None)
 

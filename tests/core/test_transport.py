@@ -24,14 +24,15 @@ from google.cloud import storage
 from google.oauth2.credentials import Credentials
 
 from keras_remote_airflow import make_data_ref, materialize
+from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.store import FileToSend, ObjectToFetch, list_objects
+from keras_remote_airflow.core.cloud.transport import Transport
 from keras_remote_airflow.core.datasets.lookup import find
 from keras_remote_airflow.core.datasets.upload import upload
-from keras_remote_airflow.core.errors import StoreError
 from keras_remote_airflow.core.disk.hashing import take_snapshot
-from keras_remote_airflow.core.cloud.bucket import open_bucket
-from keras_remote_airflow.core.cloud.store import FileToSend
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
-from keras_remote_airflow.core.cloud.transport import Transport
+from keras_remote_airflow.core.errors import StoreError
+from keras_remote_airflow.testing import Fault
 
 from .conftest import on_disk
 
@@ -226,6 +227,27 @@ def test_every_request_names_the_project_that_pays(proxy, gcs_bucket, tree, tmp_
     assert named == {"billed-project"}
 
 
+def test_every_request_names_the_project_that_is_billed(gcs_server, gcs_bucket, tree, tmp_path):
+    root = tree(FILES)
+    gcs_server.add_fault(Fault(method="PUT", action="drop_after"))  # its session is asked, too
+    with open_bucket(gcs_bucket, retry=RetryPolicy(initial=0.01), user_project="a b") as store:
+        store.create("marker", b"{}")
+        store.upload(files_of(root), lambda *_: None)
+        store.upload(files_of(root), lambda *_: None)
+        wanted = [ObjectToFetch(o, str(tmp_path / o.name)) for o in list_objects(store, "")]
+        store.download(wanted, lambda _: None)
+        assert store.read("marker") == b"{}"
+    assert {request.method for request in gcs_server.requests} == {"GET", "POST", "PUT"}
+    assert {request.query.get("userProject") for request in gcs_server.requests} == {"a b"}
+
+
+def files_of(root: Path) -> list[FileToSend]:
+    return [
+        FileToSend(str(root / f.path), f.path, f.size, f.mtime_ns, f.crc32c, f.digest)
+        for f in take_snapshot(str(root)).records()
+    ]
+
+
 class ShortLived(Credentials):
     """A token that is good for an hour, and fetched from nowhere."""
 
@@ -243,7 +265,7 @@ class ShortLived(Credentials):
 def test_token_that_expires_under_way_is_refreshed_once(proxy, gcs_bucket, tree):
     credentials = ShortLived()
     root = tree({f"{number:03}": "content" for number in range(200)})
-    snapshot = take_snapshot(str(root))
+    files = files_of(root)
     stored = 0
 
     def done(*_: object) -> None:
@@ -253,13 +275,7 @@ def test_token_that_expires_under_way_is_refreshed_once(proxy, gcs_bucket, tree)
             credentials.expiry -= datetime.timedelta(hours=2)
 
     with open_bucket(gcs_bucket, client_for(f"http://{HOST}", credentials)) as store:
-        store.upload(
-            (
-                FileToSend(str(root / f.path), f.path, f.size, f.mtime_ns, f.crc32c, f.digest)
-                for f in snapshot.records()
-            ),
-            done,
-        )
+        store.upload(files, done)
     assert stored == 200
     assert credentials.refreshes == 2
     tokens = [headers["Authorization"] for _, _, headers in proxy.seen]

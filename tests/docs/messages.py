@@ -14,12 +14,14 @@ from keras_remote_airflow.core import errors
 
 ROOT = Path(keras_remote_airflow.__file__).parent
 # Besides our own classes: those of Airflow and Python that end a task, and the helper that wraps a
-# text into an error. RetryableError is left out: its text only ever shows inside "kept failing".
+# text into an error. RetryableError is left out: its text only ever shows inside "kept failing". A
+# RefusedError shows behind the name of what was refused.
 _RAISERS = {name for name in vars(errors) if name.endswith("Error")} | {
     "AirflowFailException",
     "AirflowSensorTimeout",
     "AirflowSkipException",
     "ImportError",
+    "RefusedError",
     "SystemExit",
     "_wrong",
     "warning",
@@ -46,7 +48,7 @@ def read_messages() -> dict[str, str]:
             if isinstance(node, ast.Call) and node.args and _name(node.func) in _RAISERS:
                 for text in _texts(node.args[0]):
                     text = re.sub(r"%[\d.]*[sdfr]", "…", text)  # what a logger fills in
-                    if text.strip("… ."):
+                    if text.strip("… .:"):
                         where = f"{path.relative_to(ROOT.parent)}:{node.lineno}"
                         found |= dict.fromkeys(_WHOLE.get(text, [text]), where)
     return found

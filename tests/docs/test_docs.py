@@ -32,7 +32,7 @@ import pytest
 import keras_remote_airflow
 from keras_remote_airflow import Data, make_data_ref, upload_data
 from keras_remote_airflow.core import errors
-from keras_remote_airflow.core.cloud.retry import _REMEDIES as REMEDIES
+from keras_remote_airflow.core.cloud.retry import REMEDIES
 from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey, parse_marker
 
 from .messages import read_messages, read_texts
@@ -390,7 +390,7 @@ def test_every_message_has_a_section():
 
 def test_every_section_is_about_a_message_that_exists():
     messages = list(read_messages())
-    # What refusal() puts together.
+    # What failure() puts together.
     messages += [f"…: HTTP {status} …" for status in REMEDIES]
     for heading, section in _sections().items():
         assert len(heading.replace("…", "").strip()) >= 6, f"{heading} says too little"

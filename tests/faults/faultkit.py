@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.datasets.materialize import materialize
 from keras_remote_airflow.core.datasets.upload import UploadResult, upload
 from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.core.layout import get_layout
-from keras_remote_airflow.core.datasets.materialize import materialize
 from keras_remote_airflow.core.refs import make_data_ref
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
 from keras_remote_airflow.testing import StorageServer
 
 BUCKET = "test-bucket"

@@ -6,7 +6,6 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from faultkit import (
@@ -19,17 +18,15 @@ from faultkit import (
     killed_at_exit,
     make_tree,
     peak_memory,
-    published,
     small_files,
 )
 
-from keras_remote_airflow.core.cloud import limiter
-from keras_remote_airflow.core.disk.hashing import take_snapshot
-from keras_remote_airflow.core.cloud.store import FileToSend
 from keras_remote_airflow.core.cloud.gcs import GcsStore
 from keras_remote_airflow.core.cloud.limiter import Limiter
 from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.store import FileToSend
 from keras_remote_airflow.core.cloud.transport import Transport
+from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.testing import Fault, StorageServer
 
 SIZE = 200 << 20
@@ -56,50 +53,44 @@ def test_one_large_file_takes_little_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_fewer_requests_are_in_flight_while_the_service_asks_for_less(
-    server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+    server: StorageServer, tmp_path: Path, status: int
 ) -> None:
-    # That this thread is busy is another reason to make fewer, see below.
-    monkeypatch.setattr(transport, "_BUSY", 2.0)
-    monkeypatch.setattr(transport, "_IDLE", 2.0)
+    class Recorder(Limiter):
+        def increase(self) -> None:
+            super().increase()
+            limits.append(self.limit)
+
+        def decrease(self) -> None:
+            super().decrease()
+            limits.append(self.limit)
+
     limits: list[float] = []
-    throttled, succeeded = Limiter.throttled, Limiter.succeeded
-
-    def record(limiter: Limiter) -> None:
-        limits.append(limiter.limit)
-
-    monkeypatch.setattr(Limiter, "throttled", lambda self: (throttled(self), record(self)))
-    monkeypatch.setattr(Limiter, "succeeded", lambda self: (succeeded(self), record(self)))
+    uploads = uploads_of(make_tree(tmp_path / "data", small_files(200)))
     server.add_fault(Fault(method="POST", nth=40, times=20, status=status))
-    result = do_upload(server.url, make_tree(tmp_path / "data", small_files(200)))
+    with Transport(client_for(server.url), FAST, limiter=Recorder(128, 1 << 20)) as transport:
+        GcsStore(BUCKET, transport).upload(uploads, lambda *_: None)
     halved = [n for n in range(1, len(limits)) if limits[n] <= limits[n - 1] / 2]
     assert halved
     assert max(limits[halved[-1] :]) > limits[halved[-1]]
-    assert len(published(server)[str(result.content_hash)]) == 200
+    assert len(server.objects(BUCKET)) == 200
 
 
-def test_fewer_requests_are_in_flight_while_they_would_only_wait_for_us(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    wall = cpu = 0.0
-    clocks = SimpleNamespace(monotonic=lambda: wall, thread_time=lambda: cpu)
-    monkeypatch.setattr(transport, "time", clocks)
+def test_the_limit_doubles_until_it_is_halved_and_then_grows_by_one_a_round() -> None:
     limiter = Limiter(128, 1 << 20)
-
-    def answers(number: int, busy: float) -> float:
-        nonlocal wall, cpu
-        for _ in range(number):
-            wall, cpu = wall + 0.001, cpu + 0.001 * busy
-            limiter.succeeded()
-        return limiter.limit
-
-    assert answers(1000, busy=0.2) == 128  # the server keeps us waiting
-    assert answers(1000, busy=1.0) == 32  # it does not
-    assert answers(1000, busy=0.8) == 32  # just right
-    for _ in range(3):
-        limiter.throttled()
-        wall, cpu = wall + 10, cpu + 10
-    assert answers(1000, busy=1.0) == 4  # the service wants less than that
-    assert answers(1000, busy=0.2) > 4
+    first = limiter.limit
+    for _ in range(int(first)):
+        limiter.increase()
+    assert limiter.limit == 2 * first
+    limiter.decrease()
+    assert limiter.limit == first
+    limiter.decrease()  # of the same round
+    assert limiter.limit == first
+    for _ in range(int(first)):
+        limiter.increase()
+    assert first < limiter.limit <= first + 1
+    for _ in range(10_000):
+        limiter.increase()
+    assert limiter.limit == 128
     assert Limiter(8, 1 << 20).limit == 8
 
 
@@ -164,14 +155,18 @@ def uploads_of(path: str) -> list[FileToSend]:
 
 @pytest.mark.parametrize("limit", [1.0, 16.0])
 def test_a_pause_before_another_attempt_holds_up_no_other_file(
-    server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
+    server: StorageServer, tmp_path: Path, limit: float
 ) -> None:
-    monkeypatch.setattr(Limiter, "throttled", lambda self: None)
+    class Unmoved(Limiter):
+        def decrease(self) -> None:
+            """Stay at the limit: what is tested is the pause alone."""
+
     uploads = uploads_of(make_tree(tmp_path / "data", small_files(200)))
     server.add_fault(Fault(method="POST", times=16, status=503, headers={"Retry-After": "5"}))
     stored: dict[str, float] = {}
-    with Transport(client_for(server.url), UNHURRIED) as slow:
-        slow.limiter.limit = limit
+    limiter = Unmoved(128, 1 << 20)
+    limiter.limit = limit
+    with Transport(client_for(server.url), UNHURRIED, limiter=limiter) as slow:
         GcsStore(BUCKET, slow).upload(
             uploads, lambda upload, _: stored.setdefault(upload.name, time.monotonic())
         )
@@ -186,7 +181,7 @@ def test_more_requests_than_one_upload_makes_lose_no_file(
 ) -> None:
     files = small_files(60)
     uploads = uploads_of(make_tree(tmp_path / "data", files))
-    with Transport(client_for(server.url), FAST, concurrency=1) as only_one_at_a_time:
+    with Transport(client_for(server.url), FAST, limiter=Limiter(1, 1 << 20)) as only_one_at_a_time:
         store = GcsStore(BUCKET, only_one_at_a_time)
         stored: list[str] = []
         with ThreadPoolExecutor() as pool:

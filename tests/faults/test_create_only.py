@@ -7,11 +7,11 @@ import pytest
 from faultkit import BUCKET, FAST, content, do_upload, make_tree, prefix_of, published, small_files
 from test_hashed_bytes import Uploading, held_at
 
-from keras_remote_airflow.core.data import Data
-from keras_remote_airflow.core.errors import ConflictError, MarkerError, StoreError
-from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.cloud.store import FileToSend
+from keras_remote_airflow.core.data import Data
+from keras_remote_airflow.core.disk.hashing import take_snapshot
+from keras_remote_airflow.core.errors import ConflictError, MarkerError, StoreError
 from keras_remote_airflow.testing import Fault, StorageServer
 
 FILES = small_files(2) | {"mid": content(3 << 20), "big": content(9 << 20)}

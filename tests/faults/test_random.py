@@ -3,6 +3,8 @@
 import logging
 import shutil
 import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from keras_remote_airflow.core.cloud.gcs import GcsStore
+from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.transport import Answer, Transport
 from keras_remote_airflow.core.datasets.lookup import find, lookup
-from keras_remote_airflow.core.datasets.upload import CacheKey, publish
-from keras_remote_airflow.core.errors import DataChangedError, IntegrityError
+from keras_remote_airflow.core.datasets.upload import publish
 from keras_remote_airflow.core.disk.hashing import take_snapshot
-from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.errors import DataChangedError, IntegrityError
+from keras_remote_airflow.core.layout import CacheKey
 from keras_remote_airflow.core.progress import Progress
 from keras_remote_airflow.testing import StorageServer
 
@@ -77,6 +82,26 @@ def test_what_is_read_back_is_what_was_there(
         assert do_upload(shared_server.url, path).cache_hit
 
 
+class DiedError(Exception):
+    """What ends a publication that is to die."""
+
+
+class MortalTransport(Transport):
+    """Makes so many requests, and dies of the next one."""
+
+    def __init__(self, client: Any, policy: RetryPolicy, requests: int) -> None:
+        super().__init__(client, policy)
+        self._left = requests
+
+    @asynccontextmanager
+    async def request(self, *args: Any, **kwargs: Any) -> AsyncIterator[Answer]:
+        self._left -= 1
+        if self._left < 0:
+            raise DiedError
+        async with super().request(*args, **kwargs) as answer:
+            yield answer
+
+
 class Interleaving(RuleBasedStateMachine):
     """Two uploaders that can be stopped between their steps, one that evicts, one that reads.
 
@@ -118,22 +143,8 @@ class Interleaving(RuleBasedStateMachine):
         if snapshot is None:
             return
         key = self.key(snapshot.content_hash)
-        steps = 0
-
-        class DiedError(Exception):
-            pass
-
-        with open_bucket(BUCKET, self.client, retry=FAST) as store:
-            create = store._transport.call  # type: ignore[attr-defined]
-
-            async def mortal(*args: Any, **kwargs: Any) -> Any:
-                nonlocal steps
-                steps += 1
-                if steps > dies_after:
-                    raise DiedError
-                return await create(*args, **kwargs)
-
-            store._transport.call = mortal  # type: ignore[attr-defined]
+        with MortalTransport(self.client, FAST, dies_after) as transport:
+            store = GcsStore(BUCKET, transport)
             try:
                 if lookup(store, key, snapshot=snapshot) is None:
                     publish(store, key, snapshot, Progress(_log, "Uploading"))

@@ -26,9 +26,9 @@ from faultkit import (
     wait_until,
 )
 
-from keras_remote_airflow.core.disk.destination import partial_name
 from keras_remote_airflow.core.cloud.retry import RetryPolicy
 from keras_remote_airflow.core.cloud.transport import Transport
+from keras_remote_airflow.core.disk.destination import partial_name
 from keras_remote_airflow.testing import Fault, StorageServer
 
 PATIENT = RetryPolicy(deadline=300, initial=100, maximum=100, stall_timeout=300)

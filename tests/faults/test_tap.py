@@ -1,17 +1,20 @@
 """Connections that stop taking bytes, or take them slowly, which no status code can tell."""
 
-import asyncio
 import logging
+import socket
+import threading
 import traceback
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
+import aiohttp
 import pytest
-from faultkit import BIG, Tap, content, do_upload, make_tree, published
+from faultkit import BIG, Tap, client_for, content, do_upload, make_tree, published
 
-from keras_remote_airflow.core.errors import StoreError
 from keras_remote_airflow.core.cloud.retry import RetryPolicy
-from keras_remote_airflow.core.cloud.transport import _Exchange, _Watch
+from keras_remote_airflow.core.cloud.transport import Transport
+from keras_remote_airflow.core.errors import StoreError
 from keras_remote_airflow.testing import Fault, StorageServer
 
 
@@ -54,15 +57,36 @@ def test_a_slow_upload_is_no_stalled_one(server: StorageServer, tmp_path: Path) 
 
 
 def test_a_body_is_never_sent_again_from_its_middle() -> None:
+    """Not even when a kept connection breaks, after which aiohttp itself would send a PUT again."""
+    requests: list[bytes] = []
+
+    def answer_the_first_and_hang_up_on_others(server: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connection = server.accept()[0]
+                with connection, connection.makefile("rb") as incoming:
+                    while head := b"".join(iter(incoming.readline, b"\r\n")):
+                        requests.append(head)
+                        if len(requests) > 1:
+                            incoming.read(len(b"firstsecond"))
+                            break
+                        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
     async def pieces() -> AsyncIterator[bytes]:
         yield b"first"
         yield b"second"
 
-    async def send_twice() -> None:
-        watch = _Watch(asyncio.get_running_loop(), 1.0)
-        with _Exchange(watch, pieces()) as exchange:
-            assert await anext(aiter(exchange.body)) == b"first"
-            with pytest.raises(ConnectionError):
-                aiter(exchange.body)
-
-    asyncio.run(send_twice())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        threading.Thread(
+            target=answer_the_first_and_hang_up_on_others, args=(server,), daemon=True
+        ).start()
+        with Transport(client_for(url), RetryPolicy(deadline=0, stall_timeout=5)) as transport:
+            transport.run(transport.call("asking", "GET", "/"))
+            with pytest.raises(aiohttp.ClientError):
+                transport.run(
+                    transport.exchange(
+                        "PUT", "/", headers={"Content-Length": "11"}, data=pieces()
+                    )
+                )
+    assert [head.split()[0] for head in requests] == [b"GET", b"PUT"]

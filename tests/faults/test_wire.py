@@ -15,10 +15,10 @@ import pytest
 from faultkit import BIG, BUCKET, FAST, content, do_materialize, do_upload, make_tree, published
 from faultkit import read_tree as read
 
-from keras_remote_airflow.core.cloud import transfer
+from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.transfer import Source
 from keras_remote_airflow.core.datasets.lookup import find
 from keras_remote_airflow.core.errors import IntegrityError, StoreError
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
 from keras_remote_airflow.testing import Fault, StorageServer
 
 FILES = {"a.txt": b"a", "sub/b.bin": content(5000), "empty": b"", "two.bin": content(2 << 20, 2)}
@@ -158,13 +158,13 @@ def test_a_refused_file_is_read_again_where_it_holds_up_no_other(
     server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readers: list[str] = []
-    real = store._Source.read
+    real = Source.read
 
-    def note(source: Any, start: int, size: int) -> bytes:
+    def note(source: Source, start: int, size: int) -> bytes:
         readers.append(threading.current_thread().name)
         return real(source, start, size)
 
-    monkeypatch.setattr(store._Source, "read", note)
+    monkeypatch.setattr(Source, "read", note)
     server.add_fault(fault(OBJECT, status=400))
     with pytest.raises(StoreError):
         do_upload(server.url, make_tree(tmp_path / "data", {"a": b"a"}))
@@ -202,4 +202,4 @@ def test_an_outage_is_said_once_and_not_for_every_file(
     server.add_fault(Fault(method="POST", path=r"uploadType=multipart", times=150, status=503))
     with caplog.at_level("WARNING"):
         do_upload(server.url, path)
-    assert sum("trying again" in record.getMessage() for record in caplog.records) == 1
+    assert sum("attempt 2" in record.getMessage() for record in caplog.records) == 1

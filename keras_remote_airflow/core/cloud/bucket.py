@@ -1,4 +1,4 @@
-"""Open a bucket: which project, which client."""
+"""Open a bucket: with which client, for which project."""
 
 import os
 from collections.abc import Iterator
@@ -47,8 +47,8 @@ def open_bucket(
         user_project: id of the project that is billed for the requests, for buckets of which the
             requester pays; None leaves that to the bucket's owner.
     """
-    from keras_remote_airflow.core.cloud.gcs import GcsStore
     from keras_remote_airflow.core.cloud.credentials import is_outage
+    from keras_remote_airflow.core.cloud.gcs import GcsStore
     from keras_remote_airflow.core.cloud.retry import RetryPolicy
     from keras_remote_airflow.core.cloud.transport import Transport
 
@@ -66,5 +66,5 @@ def open_bucket(
                 status=None if outage else 401,
                 transient=outage,
             ) from exc
-    with Transport(client, retry or RetryPolicy()) as transport:
+    with Transport(client, retry or RetryPolicy(), user_project) as transport:
         yield GcsStore(bucket, transport)

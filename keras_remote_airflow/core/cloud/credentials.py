@@ -1,11 +1,12 @@
-"""Access tokens: whose, how they are fetched, and whether a failure is an outage."""
+"""Access tokens: how they are fetched, and whether a failure to fetch one is an outage."""
 
+import asyncio
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from keras_remote_airflow.core.cloud.retry import RETRYABLE, RetryableError
-from keras_remote_airflow.core.errors import StoreError
+from keras_remote_airflow.core.cloud.retry import RETRYABLE, RefusedError, RetryableError
 
 if TYPE_CHECKING:
     from google.auth.exceptions import GoogleAuthError
@@ -13,7 +14,60 @@ if TYPE_CHECKING:
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 
-def scoped(credentials: Any) -> Any:
+class AccessTokens:
+    """The tokens of one account, fetched when they are needed.
+
+    Args:
+        credentials: google.auth credentials; None or anonymous ones send no token.
+    """
+
+    def __init__(self, credentials: Any) -> None:
+        self._credentials = _scoped(credentials)
+        self._fetch: asyncio.Future[None] | None = None
+        self._refused: str | None = None
+
+    async def authorized(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the headers with an access token, fetched now if there is none that is valid.
+
+        Raises:
+            RetryableError: no token can be fetched now.
+            RefusedError: these credentials get no token.
+        """
+        credentials = self._credentials
+        if credentials is None:
+            return headers
+        if not credentials.valid:
+            # All requests share one fetch, its failure included: in turn, each would wait for as
+            # long as a token server that never answers makes it wait.
+            if self._fetch is None or self._fetch.done():
+                loop = asyncio.get_running_loop()
+                self._fetch = loop.run_in_executor(None, _refresh, credentials)
+            await asyncio.shield(self._fetch)
+        authorized = dict(headers)
+        credentials.apply(authorized)
+        return authorized
+
+    def renew(self, headers: Mapping[str, str]) -> bool:
+        """Forget the token in the headers of a refused request; return whether to try another.
+
+        A token may have been revoked. Each token is given up once, so that an account that is
+        refused for another reason is not asked for tokens for ever.
+        """
+        refused = headers.get("authorization")
+        if refused is None or self._refused not in (None, refused):
+            return False
+        if self._refused is None:
+            self._refused = refused
+            self._credentials.token = None
+        return True
+
+    def close(self) -> None:
+        """Wait for no token any more."""
+        if self._fetch:
+            self._fetch.cancel()
+
+
+def _scoped(credentials: Any) -> Any:
     """Return credentials good for reading and writing objects, or None for anonymous ones."""
     from google.auth.credentials import AnonymousCredentials, with_scopes_if_required
 
@@ -23,7 +77,7 @@ def scoped(credentials: Any) -> Any:
     return with_scopes_if_required(credentials, [_SCOPE])  # type: ignore[no-untyped-call]
 
 
-def refresh(credentials: Any) -> None:
+def _refresh(credentials: Any) -> None:
     from google.auth.exceptions import GoogleAuthError
     from google.auth.transport.requests import Request
 
@@ -32,8 +86,8 @@ def refresh(credentials: Any) -> None:
     except GoogleAuthError as exc:
         if is_outage(exc):
             raise RetryableError(f"no access token could be fetched: {exc}") from exc
-        raise StoreError(
-            f"no access token could be fetched: {exc}. Check the credentials.", status=401
+        raise RefusedError(
+            f"no access token could be fetched: {exc}. Check the credentials.", 401
         ) from exc
 
 

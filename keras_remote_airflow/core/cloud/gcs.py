@@ -1,4 +1,4 @@
-"""Cloud Storage's answer to `core.cloud.store`.
+"""Objects in one bucket through Cloud Storage's JSON API; see `core.cloud.store`.
 
 Nothing here overwrites or deletes: every write is create-only (`ifGenerationMatch=0`) and declares
 the CRC32C that was taken when the data was hashed, so Cloud Storage refuses bytes that are not the
@@ -11,7 +11,6 @@ Requests: https://cloud.google.com/storage/docs/json_api/v1/objects
 import asyncio
 import base64
 import json
-import logging
 import mimetypes
 import re
 import secrets
@@ -21,27 +20,40 @@ from functools import lru_cache, partial
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
-import aiohttp
 import google_crc32c
 
-from keras_remote_airflow.core.cloud.retry import RetryableError, refusal
-from keras_remote_airflow.core.cloud.store import ObjectToFetch, ObjectInfo, Page, FileToSend, conflict, encode_crc32c, ignore_moved
-from keras_remote_airflow.core.cloud.transfer import Transit, Disk, Source, Sink, read_whole, check_unchanged, CHUNK_BYTES
-from keras_remote_airflow.core.cloud.transport import Transport, pausing
+from keras_remote_airflow.core.cloud.retry import RefusedError, RetryableError, failure
+from keras_remote_airflow.core.cloud.store import (
+    FileToSend,
+    ObjectInfo,
+    ObjectToFetch,
+    Page,
+    conflict,
+    encode_crc32c,
+    ignore_moved,
+)
+from keras_remote_airflow.core.cloud.transfer import (
+    CHUNK_BYTES,
+    Disk,
+    Sink,
+    Source,
+    Transit,
+    check_unchanged,
+    read_whole,
+)
+from keras_remote_airflow.core.cloud.transport import MAX_REQUESTS, Transport
 from keras_remote_airflow.core.errors import IntegrityError, StoreError
 from keras_remote_airflow.core.layout import MAX_MARKER_BYTES
 
-_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
 # Custom metadata that carries a file's digest (see core.disk.hashing), hex.
 DIGEST_KEY = "keras-remote-digest"
-# Workers that one call may always have, even while the limiter is full (not counted: those that
-# pause before another attempt). Or another call on the same transport could keep it from starting.
-_FEW = 16
+
 # Up to this size a file travels in one request, above in a resumable session.
-_SINGLE_REQUEST = 8 << 20
-# What one streamed transfer keeps in memory: a piece here, and about as much in socket buffers.
-_STREAMING = 2 * CHUNK_BYTES
+_SINGLE_REQUEST_BYTES = 8 << 20
+# What one streamed transfer keeps in memory: a chunk here, and about as much in socket buffers.
+_STREAMING_BYTES = 2 * CHUNK_BYTES
 # Drawn once a process: no content can have known it.
 _BOUNDARY = secrets.token_hex(16)
 _CRC32C_HEADER = re.compile(r"crc32c=([A-Za-z0-9+/=]+)")
@@ -73,22 +85,19 @@ class GcsStore:
     # Small objects and listings
 
     def read(self, name: str) -> bytes | None:
-        what = f"reading {self._uri(name)}"
-        url = self._object(name, alt="media")
-
         async def attempt() -> tuple[int, bytes]:
-            async with self._transport.request(what, "GET", url, expected=(200, 404)) as response:
-                body = await _read_at_most(response.content, MAX_MARKER_BYTES)
+            async with self._transport.request(
+                "GET", self._object(name, alt="media"), expected=(200, 404)
+            ) as answer:
+                body = await _read_at_most(answer.body, MAX_MARKER_BYTES)
                 if len(body) > MAX_MARKER_BYTES:
-                    return response.status, body
-                declared = _CRC32C_HEADER.search(
-                    ",".join(response.headers.getall("x-goog-hash", ()))
-                )
+                    return answer.status, body
+                declared = _CRC32C_HEADER.search(",".join(answer.headers.getall("x-goog-hash", ())))
                 if declared and _decode(declared[1]) != google_crc32c.value(body):
                     raise RetryableError("its bytes disagree with the x-goog-hash sent along")
-                return response.status, body
+                return answer.status, body
 
-        status, body = self._transport.run(self._transport.retrying(what, 0, attempt))
+        status, body = self._run(f"reading {self._uri(name)}", attempt)
         if status == 200:
             return body
         # Cloud Storage tells a missing bucket from a missing object by its words alone.
@@ -104,14 +113,17 @@ class GcsStore:
             "fields": "items(name,size,crc32c,generation,metadata),nextPageToken",
             **({"pageToken": token} if token else {}),
         }
-        _, body = self._transport.run(
-            self._transport.call(
-                f"listing {self._uri(prefix)}", "GET", f"{self._objects}?{urlencode(query)}"
+
+        async def attempt() -> Page:
+            _, _, body = await self._transport.exchange(
+                "GET", f"{self._objects}?{urlencode(query)}"
             )
-        )
-        with _answering(f"listing {self._uri(prefix)}", body):
-            page = json.loads(body)
-            return Page([_info(item) for item in page.get("items", ())], page.get("nextPageToken"))
+            with _understanding(body):
+                page = json.loads(body)
+                items = [_info(item) for item in page.get("items", ())]
+                return Page(items, page.get("nextPageToken"))
+
+        return self._run(f"listing {self._uri(prefix)}", attempt)
 
     def create(self, name: str, content: bytes) -> bool:
         declared = {"name": name, "crc32c": encode_crc32c(google_crc32c.value(content))}
@@ -128,108 +140,79 @@ class GcsStore:
         )
         return status == 200
 
+    def _run(self, what: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
+        return self._transport.run(self._transport.retry.run(what, attempt))
+
     # Uploads
 
     def upload(
         self,
-        uploads: Iterable[FileToSend],
+        files: Iterable[FileToSend],
         done: Callable[[FileToSend, bool], None],
         moved: Callable[[int], None] = ignore_moved,
     ) -> None:
-        async def one(upload: FileToSend) -> None:
-            send = self._send_whole if upload.size <= _SINGLE_REQUEST else self._send_resumable
+        async def one(file: FileToSend) -> None:
+            send = self._send_whole if file.size <= _SINGLE_REQUEST_BYTES else self._send_resumable
             with Transit(moved) as transit:
-                was_sent = await send(upload, transit)
-            done(upload, was_sent)
+                was_sent = await send(file, transit)
+            done(file, was_sent)
 
-        self._transport.run(self._concurrently(uploads, one))
+        self._transport.run(self._concurrently(files, one))
 
     async def _concurrently(
         self, items: Iterable[_T], work: Callable[[_T], Awaitable[None]]
     ) -> None:
-        """Await `work` for every item, concurrently; the first error wins.
-
-        With as many workers as the transport makes requests, and others for those that pause before
-        they try again, up to its concurrency: more would cost memory and time only to wait.
-        """
+        """Await `work` for every item, concurrently; the first error wins."""
         waiting = iter(items)
-        limiter = self._transport.limiter
-        workers = paused = 0
-
-        def fill() -> None:
-            nonlocal workers
-            if workers < self._transport.concurrency and (
-                workers - paused < _FEW or limiter.has_room()
-            ):
-                workers += 1
-                group.create_task(worker())
-
-        @contextmanager
-        def pause() -> Iterator[None]:
-            nonlocal paused
-            paused += 1
-            try:
-                fill()
-                yield
-            finally:
-                paused -= 1
 
         async def worker() -> None:
-            nonlocal workers
-            pausing.set(pause)
             for item in waiting:
-                fill()
                 await work(item)
-                if workers - paused > _FEW and limiter.is_crowded():
-                    break
-            workers -= 1
 
         try:
             async with asyncio.TaskGroup() as group:
-                fill()
+                for _ in range(MAX_REQUESTS):
+                    group.create_task(worker())
         except BaseExceptionGroup as group_error:
             error = group_error.exceptions[0]
             raise error from error.__cause__  # from None would take the cause that it has
 
-    async def _send_whole(self, upload: FileToSend, transit: "Transit") -> bool:
+    async def _send_whole(self, file: FileToSend, transit: Transit) -> bool:
         """Send a file in one multipart request; return False if the object was there."""
-        what = f"uploading {upload.path} to {self._uri(upload.name)}"
-        declared = _declared(upload)
-        kind = _content_type(upload.name)
-
-        async def post(headers: dict[str, str], data: bytes | AsyncIterator[bytes]) -> int:
-            url = self._create_url + "&uploadType=multipart"
-            return await self._put(what, "POST", url, upload, headers, data)
+        url = self._create_url + "&uploadType=multipart"
+        declared = _declared(file)
+        content_type = _content_type(file.name)
 
         async def attempt() -> int:
-            if upload.size <= CHUNK_BYTES:
-                content = await self._disk.read(partial(read_whole, upload))
-                return await post(*_multipart(declared, kind, content))
-            headers, head, tail = _multipart_frame(declared, kind)
-            headers["Content-Length"] = str(len(head) + upload.size + len(tail))
-            with Source(upload) as source:
-                return await post(
-                    headers, _framed(head, source.pieces(0, transit, self._disk), tail)
-                )
+            if file.size <= CHUNK_BYTES:
+                content = await self._disk.read(partial(read_whole, file))
+                headers, data = _multipart(declared, content_type, content)
+                return await self._put("POST", url, file, headers, data)
+            headers, head, tail = _multipart_frame(declared, content_type)
+            headers["Content-Length"] = str(len(head) + file.size + len(tail))
+            with Source(file) as source:
+                pieces = source.pieces(0, transit, self._disk)
+                return await self._put("POST", url, file, headers, _framed(head, pieces, tail))
 
-        size = min(upload.size, _STREAMING)
-        return await self._settle(upload, await self._transport.retrying(what, size, attempt))
+        status = await self._transport.retry.run(
+            self._uploading(file), attempt, min(file.size, _STREAMING_BYTES)
+        )
+        return status != 412 or await self._find_same(file)
 
-    async def _send_resumable(self, upload: FileToSend, transit: "Transit") -> bool:
+    async def _send_resumable(self, file: FileToSend, transit: Transit) -> bool:
         """Send a large file through an upload session, going on where a broken attempt ended."""
-        what = f"uploading {upload.path} to {self._uri(upload.name)}"
         session: str | None = None
         committed = 0
 
         async def attempt() -> int:
             nonlocal session, committed
-            with Source(upload) as source:
+            with Source(file) as source:
                 if session is None:
-                    session = await self._open_session(what, upload)
+                    session = await self._open_session(file)
                     if session is None:
                         return 412
                 else:
-                    status, committed = await self._committed(what, session, upload)
+                    status, committed = await self._committed(session, file)
                     if status != 308:
                         # The session is gone: the next attempt opens another.
                         if status in (404, 410):
@@ -237,52 +220,52 @@ class GcsStore:
                             raise RetryableError("the upload session expired", status)
                         return status
                 headers = {
-                    "Content-Length": str(upload.size - committed),
-                    "Content-Range": f"bytes {committed}-{upload.size - 1}/{upload.size}",
+                    "Content-Length": str(file.size - committed),
+                    "Content-Range": f"bytes {committed}-{file.size - 1}/{file.size}",
                 }
-                return await self._put(
-                    what,
-                    "PUT",
-                    session,
-                    upload,
-                    headers,
-                    source.pieces(committed, transit, self._disk),
-                )
+                pieces = source.pieces(committed, transit, self._disk)
+                return await self._put("PUT", session, file, headers, pieces)
 
-        status = await self._transport.retrying(what, _STREAMING, attempt, lambda: committed)
-        return await self._settle(upload, status)
+        status = await self._transport.retry.run(
+            self._uploading(file), attempt, _STREAMING_BYTES, lambda: committed
+        )
+        return status != 412 or await self._find_same(file)
 
-    async def _open_session(self, what: str, upload: FileToSend) -> str | None:
+    def _uploading(self, file: FileToSend) -> str:
+        return f"uploading {file.path} to {self._uri(file.name)}"
+
+    async def _open_session(self, file: FileToSend) -> str | None:
+        """Return the URL of a new upload session, or None if the object is there already."""
         headers = {
             "Content-Type": "application/json; charset=UTF-8",
-            "X-Upload-Content-Type": _content_type(upload.name),
-            "X-Upload-Content-Length": str(upload.size),
+            "X-Upload-Content-Type": _content_type(file.name),
+            "X-Upload-Content-Length": str(file.size),
         }
         status, answered, _ = await self._transport.exchange(
-            what,
             "POST",
             self._create_url + "&uploadType=resumable",
             expected=(200, 201, 412),
             headers=headers,
-            data=json.dumps(_declared(upload)).encode(),
+            data=json.dumps(_declared(file)).encode(),
         )
-        with _answering(what, b"no Location"):
+        with _understanding(b"no Location"):
             return answered["Location"] if status != 412 else None
 
-    async def _committed(self, what: str, session: str, upload: FileToSend) -> tuple[int, int]:
-        headers = {"Content-Range": f"bytes */{upload.size}", "Content-Length": "0"}
+    async def _committed(self, session: str, file: FileToSend) -> tuple[int, int]:
+        """Ask a session how it stands; return the status and how many bytes it has."""
+        headers = {"Content-Range": f"bytes */{file.size}", "Content-Length": "0"}
         status, answered, _ = await self._transport.exchange(
-            what, "PUT", session, expected=(200, 201, 308, 404, 410, 412), headers=headers
+            "PUT", session, expected=(200, 201, 308, 404, 410, 412), headers=headers
         )
         received = answered.get("Range", "")
         return status, int(received.rpartition("-")[2]) + 1 if received else 0
 
     async def _put(
-        self, what: str, method: str, url: str, upload: FileToSend, headers: dict[str, str], data: Any
+        self, method: str, url: str, file: FileToSend, headers: dict[str, str], data: Any
     ) -> int:
         """Send the file's bytes once; return 200 or 201 for stored, 412 for already there."""
         status, _, body = await self._transport.exchange(
-            what, method, url, expected=(200, 201, 308, 400, 412), headers=headers, data=data
+            method, url, expected=(200, 201, 308, 400, 412), headers=headers, data=data
         )
         if status == 308:
             raise RetryableError("the upload session holds only part of the file", 308)
@@ -290,80 +273,88 @@ class GcsStore:
             return status
         # 400 is how Cloud Storage refuses bytes that are not the declared ones. Were they damaged
         # on the way, or has the file changed? The disk knows.
-        await check_unchanged(upload)
+        await check_unchanged(file)
         if b"crc32c" in body.lower() or b"checksum" in body.lower() or b"hash" in body.lower():
             raise RetryableError("the bytes were damaged on the way (HTTP 400)", 400)
-        raise refusal(what, 400, body)
+        raise failure(400, body)
 
-    async def _settle(self, upload: FileToSend, status: int) -> bool:
-        """Answer "precondition failed": the same bytes are fine, any others a conflict."""
-        if status != 412:
-            return True
-        what = f"looking at {self._uri(upload.name)}"
-        url = self._object(upload.name, fields="name,size,crc32c,generation")
-        found, body = await self._transport.call(what, "GET", url, expected=(200, 404))
-        if found == 404:
+    async def _find_same(self, file: FileToSend) -> bool:
+        """Return False if the object that is there has the file's bytes; raise for any others."""
+        uri = self._uri(file.name)
+        url = self._object(file.name, fields="name,size,crc32c,generation")
+
+        async def attempt() -> ObjectInfo | None:
+            status, _, body = await self._transport.exchange("GET", url, expected=(200, 404))
+            if status == 404:
+                return None
+            with _understanding(body):
+                return _info(json.loads(body))
+
+        there = await self._transport.retry.run(f"looking at {uri}", attempt)
+        if there is None:
             raise StoreError(
-                f"{self._uri(upload.name)} was there and is gone: something deletes objects while "
-                "they are uploaded. Retry.",
+                f"{uri} was there and is gone: something deletes objects while they are uploaded. "
+                "Retry.",
                 status=412,
                 transient=True,
             )
-        with _answering(what, body):
-            there = _info(json.loads(body))
-        if (there.size, there.crc32c) != (upload.size, upload.crc32c):
+        if (there.size, there.crc32c) != (file.size, file.crc32c):
             # Some servers answer 412 to a bad checksum too: look at the file before the object.
-            what = f"reading {upload.path}"
-            await self._transport.retrying(what, CHUNK_BYTES, partial(check_unchanged, upload))
-            raise conflict(self._uri(upload.name), there, upload.path, upload.size, upload.crc32c)
+            await self._transport.retry.run(
+                f"reading {file.path}", partial(check_unchanged, file), CHUNK_BYTES
+            )
+            raise conflict(uri, there, file.path, file.size, file.crc32c)
         return False
 
     # Downloads
 
     def download(
         self,
-        downloads: Iterable[ObjectToFetch],
+        objects: Iterable[ObjectToFetch],
         done: Callable[[ObjectToFetch], None],
         moved: Callable[[int], None] = ignore_moved,
     ) -> None:
-        async def one(download: ObjectToFetch) -> None:
+        async def one(wanted: ObjectToFetch) -> None:
             with Transit(moved) as transit:
-                await self._fetch(download, transit)
-            done(download)
+                await self._fetch(wanted, transit)
+            done(wanted)
 
-        self._transport.run(self._concurrently(downloads, one))
+        self._transport.run(self._concurrently(objects, one))
 
-    async def _fetch(self, download: ObjectToFetch, transit: "Transit") -> None:
-        info = download.info
+    async def _fetch(self, wanted: ObjectToFetch, transit: Transit) -> None:
+        info = wanted.info
         uri = self._uri(info.name)
-        what = f"downloading {uri}"
         url = self._object(info.name, alt="media", generation=info.generation)
-        with Sink(download, uri) as sink:
+        with Sink(wanted, uri) as sink:
 
             async def attempt() -> None:
                 headers = {"Range": f"bytes={sink.size}-"} if sink.size else {}
                 async with self._transport.request(
-                    what, "GET", url, expected=(200, 206, 404, 416), headers=headers
-                ) as response:
-                    if response.status == 416:
+                    "GET", url, expected=(200, 206, 404, 416), headers=headers
+                ) as answer:
+                    if answer.status == 416:
                         sink.restart()
-                        raise RetryableError("the rest of it is not to be had", 416)
-                    if response.status == 404:
+                        raise RetryableError("the server refused the requested range", 416)
+                    if answer.status == 404:
                         raise IntegrityError(
                             f"{uri} is gone or was replaced since it was listed (generation "
                             f"{info.generation}). Retry; if it stays away, have the data uploaded "
                             "again."
                         )
-                    if response.status == 200:
+                    if answer.status == 200:
                         sink.restart()
-                    async for piece in response.content.iter_chunked(CHUNK_BYTES):
+                    async for piece in answer.body:
                         sink.add(piece)
                         if info.size > CHUNK_BYTES:
                             transit.reach(sink.size)
                 sink.check()
 
-            size = min(info.size, _STREAMING)
-            await self._transport.retrying(what, size, attempt, lambda: sink.size)
+            await self._transport.retry.run(
+                f"downloading {uri}",
+                attempt,
+                min(info.size, _STREAMING_BYTES),
+                lambda: sink.size,
+            )
 
 
 async def _framed(head: bytes, pieces: AsyncIterator[bytes], tail: bytes) -> AsyncIterator[bytes]:
@@ -373,26 +364,30 @@ async def _framed(head: bytes, pieces: AsyncIterator[bytes], tail: bytes) -> Asy
     yield tail
 
 
-def _multipart_frame(declared: dict[str, Any], kind: str) -> tuple[dict[str, str], bytes, bytes]:
+def _multipart_frame(
+    declared: dict[str, Any], content_type: str
+) -> tuple[dict[str, str], bytes, bytes]:
     """Return headers, and what goes before and after the content of a multipart upload."""
     head = (
         f"--{_BOUNDARY}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n"
-        f"{json.dumps(declared)}\r\n--{_BOUNDARY}\r\nContent-Type: {kind}\r\n\r\n"
+        f"{json.dumps(declared)}\r\n--{_BOUNDARY}\r\nContent-Type: {content_type}\r\n\r\n"
     )
     headers = {"Content-Type": f'multipart/related; boundary="{_BOUNDARY}"'}
     return headers, head.encode(), f"\r\n--{_BOUNDARY}--\r\n".encode()
 
 
-def _multipart(declared: dict[str, Any], kind: str, content: bytes) -> tuple[dict[str, str], bytes]:
-    headers, head, tail = _multipart_frame(declared, kind)
+def _multipart(
+    declared: dict[str, Any], content_type: str, content: bytes
+) -> tuple[dict[str, str], bytes]:
+    headers, head, tail = _multipart_frame(declared, content_type)
     return headers, head + content + tail
 
 
-def _declared(upload: FileToSend) -> dict[str, Any]:
+def _declared(file: FileToSend) -> dict[str, Any]:
     return {
-        "name": upload.name,
-        "crc32c": encode_crc32c(upload.crc32c),
-        "metadata": {DIGEST_KEY: upload.digest.hex()},
+        "name": file.name,
+        "crc32c": encode_crc32c(file.crc32c),
+        "metadata": {DIGEST_KEY: file.digest.hex()},
     }
 
 
@@ -407,21 +402,21 @@ def _content_type_of(name: str) -> str:
 
 
 @contextmanager
-def _answering(what: str, body: bytes) -> Iterator[None]:
-    """Raise StoreError for an answer that Cloud Storage would not give."""
+def _understanding(body: bytes) -> Iterator[None]:
+    """Raise RefusedError for an answer that Cloud Storage would not give."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise StoreError(
-            f"{what}: what answered is not Cloud Storage, or not all of it ({body[:80]!r}). Check "
-            "the endpoint, STORAGE_EMULATOR_HOST and the proxy."
+        raise RefusedError(
+            f"what answered is not Cloud Storage, or not all of it ({body[:80]!r}). Check the "
+            "endpoint, STORAGE_EMULATOR_HOST and the proxy."
         ) from exc
 
 
-async def _read_at_most(content: aiohttp.StreamReader, limit: int) -> bytes:
+async def _read_at_most(pieces: AsyncIterator[bytes], limit: int) -> bytes:
     """Return the whole body, or a little more than `limit` bytes of a larger one."""
     body = b""
-    async for piece in content.iter_any():
+    async for piece in pieces:
         body += piece
         if len(body) > limit:
             break

@@ -87,14 +87,14 @@ class ObjectStore(Protocol):
 
     def upload(
         self,
-        uploads: Iterable[FileToSend],
+        files: Iterable[FileToSend],
         done: Callable[[FileToSend, bool], None],
         moved: Callable[[int], None] = ignore_moved,
     ) -> None:
         """Store files concurrently; objects that hold the same bytes already are left alone.
 
         Args:
-            uploads: consumed as places become free, so it may be a generator over many (but not
+            files: consumed as places become free, so it may be a generator over many (but not
                 one that uses this store).
             done: called for each file, with whether it was sent (rather than found there).
             moved: called with the bytes of a large file as they move, negative for those that
@@ -107,7 +107,7 @@ class ObjectStore(Protocol):
 
     def download(
         self,
-        downloads: Iterable[ObjectToFetch],
+        objects: Iterable[ObjectToFetch],
         done: Callable[[ObjectToFetch], None],
         moved: Callable[[int], None] = ignore_moved,
     ) -> None:

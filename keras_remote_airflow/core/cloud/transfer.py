@@ -1,28 +1,27 @@
-"""A file on its way: the local file that is sent, or filled, and how far it has come."""
+"""One file on its way: read from the disk to be sent, or written to it as it arrives."""
 
 import asyncio
 import errno
 import os
-import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Self
 
 import google_crc32c
 
-from keras_remote_airflow.core.cloud.store import ObjectToFetch, FileToSend, encode_crc32c
 from keras_remote_airflow.core.cloud.retry import RetryableError
+from keras_remote_airflow.core.cloud.store import FileToSend, ObjectToFetch, encode_crc32c
 from keras_remote_airflow.core.errors import DataChangedError, IntegrityError
+from keras_remote_airflow.core.slow_reads import SlowReads
 
 # Files up to this size are read whole; larger ones pass through in pieces of this size. It is a
 # multiple of 256 KiB, as upload sessions commit (https://cloud.google.com/storage/docs/resumable-uploads).
 CHUNK_BYTES = 1 << 20
-# Seconds that reading may keep all requests waiting, and how often in a row, before threads read.
-# What is in memory takes 0.02 ms for a small file, 0.2 ms for a piece of a large one. Every so many
-# reads it is looked whether the disk is still slow.
-_PATIENCE = 0.002
-_WAITS = 3
-_LOOK_AGAIN = 256
+# Seconds that one read may keep all requests waiting. What is in memory takes 0.02 ms for a small
+# file, 0.2 ms for a piece of a large one.
+_SLOW_READ_SECONDS = 0.002
+# Reads made by threads before it is measured again whether the disk is still slow.
+_READS_BY_THREADS = 256
 # A download whose bytes have disagreed with their checksum this often is given up.
 _MAX_CORRUPT = 5
 
@@ -47,37 +46,35 @@ class Transit:
 
 
 class Disk:
-    """Reads where the requests are made, or in other threads once that keeps them waiting."""
+    """Reads in the thread that makes the requests, or in others if that keeps requests waiting."""
 
     def __init__(self) -> None:
-        self._reads = self._waits = 0
+        self._slow_reads = SlowReads(_SLOW_READ_SECONDS, _READS_BY_THREADS)
 
     async def read(self, work: Callable[[], bytes]) -> bytes:
         """Return what `work` reads."""
-        self._reads += 1
-        if self._waits >= _WAITS and self._reads % _LOOK_AGAIN:
+        if self._slow_reads.threads_should_read:
+            self._slow_reads.read_by_threads(1)
             return await asyncio.to_thread(work)
-        started = time.monotonic()
-        content = work()
-        self._waits = self._waits + 1 if time.monotonic() - started > _PATIENCE else 0
-        return content
+        with self._slow_reads.measure(1):
+            return work()
 
 
 class Source:
     """A local file, open for one attempt and still the one that was hashed."""
 
-    def __init__(self, upload: FileToSend) -> None:
-        self._upload = upload
+    def __init__(self, file: FileToSend) -> None:
+        self._file = file
 
     def __enter__(self) -> Self:
         try:
-            self._descriptor = _open(self._upload.path, os.O_RDONLY | os.O_NONBLOCK)
+            self._descriptor = _open(self._file.path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
-            raise _changed(self._upload, "it is gone") from None
+            raise _changed(self._file, "it is gone") from None
         except OSError as exc:
             if exc.errno == errno.EIO:
                 raise
-            raise _changed(self._upload, f"it cannot be opened: {exc.strerror}") from exc
+            raise _changed(self._file, f"it cannot be opened: {exc.strerror}") from exc
         try:
             self.check()
         except BaseException:
@@ -90,22 +87,22 @@ class Source:
 
     def check(self) -> None:
         now = os.fstat(self._descriptor)
-        if now.st_size != self._upload.size:
+        if now.st_size != self._file.size:
             raise _changed(
-                self._upload, f"{self._upload.size} bytes at hash time, {now.st_size} bytes now"
+                self._file, f"{self._file.size} bytes at hash time, {now.st_size} bytes now"
             )
-        if now.st_mtime_ns != self._upload.mtime_ns:
-            raise _changed(self._upload, "it was modified after it was hashed")
+        if now.st_mtime_ns != self._file.mtime_ns:
+            raise _changed(self._file, "it was modified after it was hashed")
 
     def read(self, start: int, size: int) -> bytes:
         content = os.pread(self._descriptor, size, start)
         if len(content) != size:
-            raise _changed(self._upload, "it is shorter than at hash time")
+            raise _changed(self._file, "it is shorter than at hash time")
         return content
 
     async def pieces(self, start: int, transit: Transit, disk: Disk) -> AsyncIterator[bytes]:
         """Yield the file from `start`; the last piece only if the file is still as it was."""
-        size = self._upload.size
+        size = self._file.size
         while start < size:
             transit.reach(start)
             piece = await disk.read(partial(self.read, start, min(CHUNK_BYTES, size - start)))
@@ -118,13 +115,13 @@ class Source:
 class Sink:
     """The file that a download fills, and what has arrived of it so far."""
 
-    def __init__(self, download: ObjectToFetch, uri: str) -> None:
+    def __init__(self, wanted: ObjectToFetch, uri: str) -> None:
         self.size = 0
         self._crc32c = 0
         self._corrupt = 0
-        self._info = download.info
+        self._info = wanted.info
         self._uri = uri
-        self._path = download.path
+        self._path = wanted.path
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
@@ -165,25 +162,25 @@ class Sink:
         raise RetryableError(f"arrived as {found}, expected {expected}")
 
 
-def read_whole(upload: FileToSend) -> bytes:
-    with Source(upload) as source:
-        return source.read(0, upload.size)
+def read_whole(file: FileToSend) -> bytes:
+    with Source(file) as source:
+        return source.read(0, file.size)
 
 
-async def check_unchanged(upload: FileToSend) -> None:
+async def check_unchanged(file: FileToSend) -> None:
     """Raise DataChangedError unless the file still is the one that was hashed.
 
     It is read in another thread, so that other transfers go on, and by pieces, so that none is
     left behind when all is to end.
     """
     crc32c = 0
-    with Source(upload) as source:
-        for start in range(0, upload.size, CHUNK_BYTES):
-            size = min(CHUNK_BYTES, upload.size - start)
+    with Source(file) as source:
+        for start in range(0, file.size, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, file.size - start)
             piece = await asyncio.to_thread(source.read, start, size)
             crc32c = google_crc32c.extend(crc32c, piece)
-    if crc32c != upload.crc32c:
-        raise _changed(upload, "its CRC32C differs from the one at hash time")
+    if crc32c != file.crc32c:
+        raise _changed(file, "its CRC32C differs from the one at hash time")
 
 
 def _open(path: str, flags: int) -> int:
@@ -202,8 +199,8 @@ def _write(descriptor: int, content: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _changed(upload: FileToSend, how: str) -> DataChangedError:
+def _changed(file: FileToSend, how: str) -> DataChangedError:
     return DataChangedError(
-        f"{upload.path} changed while it was being uploaded ({how}); nothing was published. Retry "
+        f"{file.path} changed while it was being uploaded ({how}); nothing was published. Retry "
         "once nothing writes to it."
     )
