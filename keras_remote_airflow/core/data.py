@@ -5,6 +5,7 @@ import os
 import re
 
 from keras_remote_airflow.core.errors import DataNotFoundError, InvalidInputError
+from keras_remote_airflow.core.progress import ProgressCallback
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +46,9 @@ class Data:
         if not os.path.lexists(self._path):
             hint = "Check the path, and that this machine is the one that has the data."
             if _URI_LIKE.match(path):
-                hint = "If it is meant as a URI, write gs://bucket/name: nothing else is understood."
+                hint = (
+                    "If it is meant as a URI, write gs://bucket/name: no other is understood."
+                )
             raise DataNotFoundError(
                 f"data path does not exist: {path} (resolved to {self._path}). {hint}"
             )
@@ -70,13 +73,17 @@ class Data:
         """Whether it is a directory; for a `gs://` URI, whether it ends in "/"."""
         return self._raw_path.endswith("/") if self.is_gcs else os.path.isdir(self._path)
 
-    def content_hash(self, hash_index: str | None = None) -> str:
+    def content_hash(
+        self, hash_index: str | None = None, progress: ProgressCallback | None = None
+    ) -> str:
         """Read the data and return its content hash: 64 hex digits, see `core.disk.hashing`.
 
         Args:
             hash_index: local file that remembers the hashes of unchanged files, see
                 `core.disk.index`; it is read and written. None takes the environment's
                 `KERAS_REMOTE_HASH_INDEX`, or reads every file.
+            progress: called with a `core.progress.ProgressUpdate` at most every 0.1 s and at the
+                end; None logs a line at most every 30 s.
 
         Raises:
             ValueError: the data is on Cloud Storage already, or holds something that is no
@@ -89,7 +96,8 @@ class Data:
             raise InvalidInputError(
                 f"cannot compute a content hash for {self._path}: only local data is hashed"
             )
-        return take_snapshot(self._path, hash_index or default_index()).content_hash
+        snapshot = take_snapshot(self._path, hash_index or default_index(), progress=progress)
+        return snapshot.content_hash
 
     def __repr__(self) -> str:
         return f"Data({self._raw_path!r})"

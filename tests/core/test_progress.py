@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from keras_remote_airflow import make_data_ref, materialize
+from keras_remote_airflow import Data, make_data_ref, materialize, upload_data
 from keras_remote_airflow.core import progress as module
 from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.datasets.materialize import download
@@ -254,12 +254,30 @@ def test_hashing_has_a_total_of_one_file_and_of_what_was_downloaded(
     assert amounts(told_again, "Hashing")[-1] == "21.0 MB of 21.0 MB"
 
 
-def test_download_of_more_than_one_batch_has_the_totals_of_the_receipt(
-    tree, gcs_bucket, told, tmp_path
-):
+def test_download_of_more_than_one_batch_has_the_totals_of_the_receipt(tree, gcs_bucket, tmp_path):
     uri = upload(gcs_bucket, tree(dict.fromkeys("abcde", "1234"))).gcs_uri
     (tmp_path / "copy").mkdir()
+    updates = []
     with open_bucket(gcs_bucket) as store:
-        download(RemoteData(store, DataRef(uri, True)), str(tmp_path / "copy"), batch_objects=2)
-    steps = amounts(told(), "Downloading")
-    assert steps == [f"{size} B of 20 B" for size in (4, 8, 12, 16, 20)]
+        source = RemoteData(store, DataRef(uri, True))
+        download(source, str(tmp_path / "copy"), updates.append, batch_objects=2)
+    assert updates[-1][:5] == ("Downloading", 5, 20, 5, 20)
+
+
+def test_callback_is_told_of_each_part_of_the_work(tree, gcs_bucket, tmp_path):
+    root = str(tree({"a": "12", "b/c": "345"}))
+    updates = []
+
+    def last_ones():
+        last = {update.activity: update[1:5] for update in updates}
+        updates.clear()
+        return last
+
+    Data(root).content_hash(progress=updates.append)
+    assert last_ones() == {"Hashing": (2, 5, None, None)}
+    uri = upload_data(gcs_bucket, root, progress=updates.append)
+    assert last_ones() == {"Hashing": (2, 5, None, None), "Uploading": (2, 5, 2, 5)}
+    upload(gcs_bucket, root, progress=updates.append)  # a hit
+    assert last_ones() == {"Hashing": (2, 5, None, None)}
+    materialize(make_data_ref(uri, True), str(tmp_path / "copy"), progress=updates.append)
+    assert last_ones() == {"Downloading": (2, 5, 2, 5), "Hashing": (2, 5, 2, 5)}

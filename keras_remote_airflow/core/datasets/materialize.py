@@ -30,7 +30,7 @@ from keras_remote_airflow.core.disk.destination import (
 )
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError
 from keras_remote_airflow.core.layout import check_relative_paths
-from keras_remote_airflow.core.progress import Progress, format_bytes
+from keras_remote_airflow.core.progress import Progress, ProgressCallback, format_bytes
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def materialize(
     project: str | None = None,
     retry: "RetryPolicy | None" = None,
     user_project: str | None = None,
+    progress: ProgressCallback | None = None,
 ) -> str:
     """Download the data that `ref` names, verify it, and return its local path.
 
@@ -69,6 +70,8 @@ def materialize(
         retry: when to try a failed request again and when to give up; None takes the defaults of
             `RetryPolicy`.
         user_project: project that is billed for the requests, for a bucket whose requesters pay.
+        progress: called with a `core.progress.ProgressUpdate` at most every 0.1 s and at the end of
+            downloading and of hashing; None logs a line at most every 30 s.
 
     Returns:
         The absolute path of the directory, or of the file.
@@ -91,7 +94,7 @@ def materialize(
         target = check_dest(target)
     held = None
     if key and ref.is_dir and target and is_taken(target):
-        held = take_snapshot(target)
+        held = take_snapshot(target, progress=progress)
         if held.content_hash == key.content_hash:  # needs no network
             return _reuse(ref, target, None)
     with open_bucket(ref.bucket, client, project, retry, user_project) as store:
@@ -100,8 +103,8 @@ def materialize(
             return _reuse(ref, target, source.problem(held))
         target = target or check_dest(default_dest(source.fingerprint(), cache_dir))
         if ref.is_dir:
-            return _fetch(source, os.path.dirname(target), target)
-        return _fetch(source, target, os.path.join(target, source.single_name()))
+            return _fetch(source, os.path.dirname(target), target, progress)
+        return _fetch(source, target, os.path.join(target, source.single_name()), progress)
 
 
 def _reuse(ref: DataRef, final: str, problem: str | None) -> str:
@@ -115,7 +118,7 @@ def _reuse(ref: DataRef, final: str, problem: str | None) -> str:
     return final
 
 
-def _fetch(source: RemoteData, folder: str, final: str) -> str:
+def _fetch(source: RemoteData, folder: str, final: str, progress: ProgressCallback | None) -> str:
     """Fill `final` through a temporary directory in `folder`, which is on the same file system."""
     from keras_remote_airflow.core.disk.hashing import take_snapshot
 
@@ -123,17 +126,18 @@ def _fetch(source: RemoteData, folder: str, final: str) -> str:
     partial = os.path.join(folder, partial_name(final))
     with locked(partial):
         if is_taken(final):
-            return _reuse(source.ref, final, source.problem(take_snapshot(final)))
+            held = take_snapshot(final, progress=progress)
+            return _reuse(source.ref, final, source.problem(held))
         _check_replaceable(final, source.ref)
-        progress = download(source, partial)
-        if not progress.files and not source.may_be_empty:
+        received = download(source, partial, progress)
+        if not received.files and not source.may_be_empty:
             raise IntegrityError(
                 f"{source.ref.gcs_uri} is not what its ref names: no objects are there. Check the "
                 "URI; if a lifecycle rule deleted them, have the data uploaded again."
             )
         whole = partial if source.ref.is_dir else os.path.join(partial, os.path.basename(final))
-        downloaded = progress.files, progress.bytes
-        problem = source.problem(take_snapshot(whole, expected=downloaded))
+        expected = received.files, received.bytes
+        problem = source.problem(take_snapshot(whole, expected=expected, progress=progress))
         if problem:
             raise IntegrityError(
                 f"{source.ref.gcs_uri} is not what its ref names: {problem}. Nothing was left at "
@@ -145,9 +149,9 @@ def _fetch(source: RemoteData, folder: str, final: str) -> str:
         rename(whole, final)
     _log.info(
         "Materialized %d files (%s) in %.1f s at %s: %s",
-        progress.files,
-        format_bytes(progress.bytes),
-        progress.seconds,
+        received.files,
+        format_bytes(received.bytes),
+        received.seconds,
         final,
         source.ref.gcs_uri,
     )
@@ -173,7 +177,12 @@ def _check_replaceable(final: str, ref: DataRef) -> None:
         )
 
 
-def download(source: RemoteData, folder: str, batch_objects: int = BATCH_OBJECTS) -> Progress:
+def download(
+    source: RemoteData,
+    folder: str,
+    progress: ProgressCallback | None = None,
+    batch_objects: int = BATCH_OBJECTS,
+) -> Progress:
     """Download the objects into `folder`, which is empty; return what was downloaded.
 
     Raises:
@@ -193,18 +202,18 @@ def download(source: RemoteData, folder: str, batch_objects: int = BATCH_OBJECTS
             yield ObjectToFetch(info, path)
 
     def done(file: ObjectToFetch) -> None:
-        progress.add(1, file.info.size)
+        received.add(1, file.info.size)
 
     objects = source.objects()
-    with Progress(_log, f"Downloading {source.ref.gcs_uri}") as progress:
+    with Progress(_log, "Downloading", source.ref.gcs_uri, progress) as received:
         while batch := list(islice(objects, batch_objects)):
-            if not progress.files:
+            if not received.files:
                 if len(batch) < batch_objects:  # the first batch is the last one, too
-                    progress.expect(len(batch), sum(info.size for _, info in batch))
+                    received.expect(len(batch), sum(info.size for _, info in batch))
                 elif receipt := source.receipt():
-                    progress.expect(receipt.files, receipt.total_bytes)
+                    received.expect(receipt.files, receipt.total_bytes)
             try:
-                source.store.download(files(batch), done, progress.move)
+                source.store.download(files(batch), done, received.move)
             except (FileExistsError, NotADirectoryError) as exc:
                 # The folder was empty: two object names claim one place, as "a" and "a/b" do.
                 place = os.path.relpath(exc.filename, folder)
@@ -212,4 +221,4 @@ def download(source: RemoteData, folder: str, batch_objects: int = BATCH_OBJECTS
                     f"{source.ref.gcs_uri} cannot be a directory: more than one object claims "
                     f"{place}. Remove the one that does not belong there."
                 ) from exc
-    return progress
+    return received

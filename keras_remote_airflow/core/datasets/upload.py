@@ -33,7 +33,7 @@ from keras_remote_airflow.core.layout import (
     parse_marker,
     split_gcs_uri,
 )
-from keras_remote_airflow.core.progress import Progress, format_bytes
+from keras_remote_airflow.core.progress import Progress, ProgressCallback, format_bytes
 
 if TYPE_CHECKING:
     from keras_remote_airflow.core.cloud.retry import RetryPolicy
@@ -105,6 +105,7 @@ def upload_data(
     retry: "RetryPolicy | None" = None,
     hash_index: str | None = None,
     user_project: str | None = None,
+    progress: ProgressCallback | None = None,
 ) -> str:
     """Make sure that `data` is on Cloud Storage and return its `gs://` URI.
 
@@ -127,6 +128,8 @@ def upload_data(
         hash_index: local file that remembers the hashes of unchanged files, see `core.disk.index`;
             None takes the environment's `KERAS_REMOTE_HASH_INDEX`, or reads every file.
         user_project: project that is billed for the requests, for a bucket whose requesters pay.
+        progress: called with a `core.progress.ProgressUpdate` at most every 0.1 s and at the end of
+            hashing and of uploading; None logs a line at most every 30 s.
 
     Raises:
         InvalidInputError: bad input, before anything is written.
@@ -146,6 +149,7 @@ def upload_data(
         retry=retry,
         hash_index=hash_index,
         user_project=user_project,
+        progress=progress,
     )
     return result.gcs_uri
 
@@ -162,6 +166,7 @@ def upload(
     retry: "RetryPolicy | None" = None,
     hash_index: str | None = None,
     user_project: str | None = None,
+    progress: ProgressCallback | None = None,
     dry_run: bool = False,
 ) -> UploadResult:
     """Do what `upload_data` does, and return where the data is and what was done.
@@ -172,8 +177,7 @@ def upload(
         dry_run: write nothing to Cloud Storage. Everything is read as ever, and the result says
             what would have been uploaded, and where to.
     """
-    from keras_remote_airflow.core.disk.hashing import take_snapshot
-    from keras_remote_airflow.core.disk.hashing import default_index
+    from keras_remote_airflow.core.disk.hashing import default_index, take_snapshot
 
     started = time.monotonic()
     check_bucket(bucket_name)
@@ -186,10 +190,10 @@ def upload(
         _log.info("Passing on data that is on Cloud Storage already, unchecked: %s", data.path)
         return UploadResult(data.path, data.is_dir)
 
-    snapshot = take_snapshot(data.path, hash_index or default_index())
+    snapshot = take_snapshot(data.path, hash_index or default_index(), progress=progress)
     key = CacheKey(bucket_name, namespace_prefix, snapshot.content_hash, chosen_layout)
     _check_names(snapshot, key)
-    sent = Progress(_log, f"Uploading to {key.gcs_uri}")
+    sent = Progress(_log, "Comparing" if dry_run else "Uploading", key.gcs_uri, progress)
     with open_bucket(bucket_name, client, project, retry, user_project) as store:
         found = lookup(store, key, snapshot=snapshot, verify=verify)
         if found is None:
