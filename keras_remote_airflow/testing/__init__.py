@@ -14,14 +14,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .faults import DENIABLE, Fault, Request
+    from .access import DENIABLE
+    from .faults import Fault, Request
     from .objects import StoredObject
     from .server import StorageServer, environment
 
 __all__ = ["DENIABLE", "Fault", "Request", "StorageServer", "StoredObject", "environment"]
 
 _HOMES = {
-    "DENIABLE": "faults",
+    "DENIABLE": "access",
     "Fault": "faults",
     "Request": "faults",
     "StorageServer": "server",

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from .objects import ApiError
+from .errors import ApiError
 from .server import StorageServer
 
 

@@ -12,21 +12,14 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import unquote
 
-Action = Literal["status", "drop_before", "drop_after", "stall", "truncate", "corrupt", "bad_hash"]
-# What `StorageServer.deny` takes, and the permission a 403 then names
-# (https://cloud.google.com/storage/docs/access-control/iam-permissions).
-DENIABLE = {
-    "overwrite": "storage.objects.delete",
-    "delete": "storage.objects.delete",
-    "create": "storage.objects.create",
-    "get": "storage.objects.get",
-    "list": "storage.objects.list",
-    "update": "storage.objects.update",
-    "bucket_get": "storage.buckets.get",
-    "bucket_create": "storage.buckets.create",
-}
-# The log of a server that runs for days must not eat its memory.
+from .calls import Call
+
+Action = Literal[
+    "status", "drop_before", "drop_after", "stall", "truncate", "garbage", "corrupt", "bad_hash"
+]
+# A server that runs for days must not fill the memory with its log.
 MAX_LOGGED_REQUESTS = 250_000
 
 
@@ -46,9 +39,10 @@ class Fault:
             one is served); `drop_after` does all the work, then closes the connection without an
             answer; `stall` does the work and never answers (with `after_bytes`: stops in the
             middle of the answer);
-            `truncate` closes the connection in the middle of the answer; `corrupt` flips one bit
-            of a download; `bad_hash` sends a wrong `x-goog-hash` with a download. The last two
-            match downloads only.
+            `truncate` closes the connection in the middle of the answer; `garbage` does the work
+            and answers with bytes that are not HTTP; `corrupt` flips one bit of a download;
+            `bad_hash` sends a wrong `x-goog-hash` with a download. The last two match downloads
+            only.
         latency: seconds to wait before answering, in addition to the server's own.
         headers: added to the answer, replacing those of the same name.
         after_bytes: where to stop, in bytes of the body; the default is half of an answer.
@@ -69,6 +63,18 @@ class Fault:
             raise ValueError(f"nth counts from 1 and times from 0: {self}")
         re.compile(self.path)
 
+    @property
+    def injects_status(self) -> bool:
+        """Whether the request is answered with `status` and nothing else is done."""
+        return self.action == "status" and self.status is not None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether no byte of an answer is sent."""
+        return self.action == "drop_after" or (
+            self.action in ("drop_before", "stall") and self.after_bytes is None
+        )
+
 
 @dataclass(slots=True)
 class Request:
@@ -86,13 +92,12 @@ class Request:
 
 
 class Faults:
-    """The rules in force, the denied permissions and the log. Safe to use from any thread."""
+    """The rules in force and the log. Safe to use from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._rules: list[tuple[Fault, re.Pattern[str], list[int]]] = []
         self._log: deque[Request] = deque(maxlen=MAX_LOGGED_REQUESTS)
-        self.denied: frozenset[str] = frozenset()
 
     def add(self, fault: Fault) -> None:
         with self._lock:
@@ -102,16 +107,17 @@ class Faults:
         with self._lock:
             self._rules = []
 
-    def match(self, method: str, target: str, *, download: bool) -> Fault | None:
+    def match(self, call: Call) -> Fault | None:
         """Count a request, and return the first rule it sets off."""
         if not self._rules:
             return None
+        target = call.decoded_target
         hit: Fault | None = None
         with self._lock:
             for fault, pattern, count in self._rules:
-                if fault.method and fault.method.upper() != method:
+                if fault.method and fault.method.upper() != call.method:
                     continue
-                if fault.action in ("corrupt", "bad_hash") and not download:
+                if fault.action in ("corrupt", "bad_hash") and not call.is_download:
                     continue
                 if not pattern.search(target):
                     continue
@@ -121,21 +127,20 @@ class Faults:
                     hit = fault
         return hit
 
-    def log(self, request: Request) -> None:
-        self._log.append(request)
+    def log(self, call: Call, status: int | None) -> None:
+        self._log.append(
+            Request(
+                method=call.method,
+                path=unquote(call.path),
+                query=call.query,
+                object_name=call.object_name,
+                status=status,
+                body_bytes=call.body_bytes,
+            )
+        )
 
     def logged(self) -> list[Request]:
         return list(self._log)
 
     def clear_log(self) -> None:
         self._log.clear()
-
-    def deny(self, *names: str) -> None:
-        """Raises ValueError for a name that is not in `DENIABLE`."""
-        for name in names:
-            if name not in DENIABLE:
-                raise ValueError(f"cannot deny {name!r}: choose from {', '.join(DENIABLE)}")
-        self.denied |= frozenset(names)
-
-    def allow_all(self) -> None:
-        self.denied = frozenset()

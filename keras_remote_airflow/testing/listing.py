@@ -19,8 +19,8 @@ MAX_RESULTS = 1000  # https://cloud.google.com/storage/docs/json_api/v1/objects/
 _INSORT_UP_TO = 8
 
 
-class Names:
-    """A set of names that is sorted when somebody looks.
+class SortedNames:
+    """A set of names that is sorted when it is read.
 
     The caller adds a name only when it is not there, and removes it only when it is.
     """
@@ -52,7 +52,7 @@ class Names:
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
+class ListingQuery:
     """The parameters of a listing; `start` is inclusive, `end` exclusive."""
 
     prefix: str = ""
@@ -66,7 +66,7 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class ListingPage:
     """Names and common prefixes of one page; `next` is the token of the following one."""
 
     names: list[str]
@@ -74,7 +74,7 @@ class Page:
     next: str | None
 
 
-def list_page(names: list[str], query: Query) -> Page:
+def list_page(names: list[str], query: ListingQuery) -> ListingPage:
     """One page of a sorted list of names. Costs a bisection and the page, not the whole list."""
     found: list[str] = []
     prefixes: list[str] = []
@@ -98,7 +98,7 @@ def list_page(names: list[str], query: Query) -> Page:
             index = bisect_left(names, _successor(common), index)
             continue
         if len(found) + len(prefixes) >= query.max_results:
-            return Page(found, prefixes, encode_token(last))
+            return ListingPage(found, prefixes, encode_token(last))
         if common:
             prefixes.append(common)
             if query.include_trailing_delimiter and name == common:
@@ -109,7 +109,7 @@ def list_page(names: list[str], query: Query) -> Page:
             found.append(name)
             index += 1
             last = name
-    return Page(found, prefixes, None)
+    return ListingPage(found, prefixes, None)
 
 
 def _successor(prefix: str) -> str:

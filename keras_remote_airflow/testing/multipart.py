@@ -1,4 +1,4 @@
-"""Multipart bodies: `multipart/related` uploads and `multipart/mixed` batches (RFC 2046).
+"""`multipart/related` uploads (RFC 2046).
 
 Byte-exact: the line end before a delimiter belongs to the delimiter, everything else to the
 part. Line ends are those of the first delimiter's line: CRLF, or LF, which gcsfs sends and Cloud
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 
 from .bodies import Spool
-from .objects import ApiError, invalid
+from .errors import ApiError, invalid
 
 # Metadata of at most 8 KiB of keys and values fits many times over:
 # https://cloud.google.com/storage/quotas#objects
@@ -101,7 +101,7 @@ class RelatedReader:
                 line_end = self._buffer.find(b"\n", metadata_end + len(newline))
                 head_end, media_start = self._head(line_end + 1)
                 if head_end >= 0:
-                    headers = part_headers(self._buffer[line_end + 1 : head_end])
+                    headers = _part_headers(self._buffer[line_end + 1 : head_end])
                     metadata = self._buffer[start_of_metadata:metadata_end]
                     self._buffer = self._buffer[media_start:]
                     self._media = self._open_media(metadata, headers)
@@ -155,43 +155,7 @@ class RelatedReader:
         return len(buffer) if at < 0 else at
 
 
-def split_parts(body: bytes, boundary: bytes) -> list[tuple[dict[str, str], bytes]]:
-    """Headers (in lower case) and content of each part.
-
-    Raises:
-        ApiError: 400 when the body is not closed or a part is malformed.
-    """
-    delimiter = b"--" + boundary
-    if body.startswith(delimiter):
-        at = len(delimiter)
-    else:
-        start = body.find(b"\r\n" + delimiter)
-        if start < 0:
-            raise invalid("Malformed multipart body: the boundary does not occur.")
-        at = start + 2 + len(delimiter)
-    parts = []
-    while body[at : at + 2] != b"--":
-        line_end = body.find(b"\r\n", at)
-        if line_end < 0 or body[at:line_end].strip(b" \t"):
-            raise invalid("Malformed multipart body: text after a boundary.")
-        end = body.find(b"\r\n" + delimiter, line_end)
-        if end < 0:
-            raise invalid("Malformed multipart body: the closing boundary is missing.")
-        parts.append(_part(body, line_end + 2, end))
-        at = end + 2 + len(delimiter)
-    return parts
-
-
-def _part(body: bytes, start: int, end: int) -> tuple[dict[str, str], bytes]:
-    if body[start : start + 2] == b"\r\n":  # no headers
-        return {}, body[start + 2 : end]
-    head_end = body.find(b"\r\n\r\n", start, end + 2)
-    if head_end < 0:
-        raise invalid("Malformed multipart body: a part without an empty line after its headers.")
-    return part_headers(body[start:head_end]), body[head_end + 4 : end]
-
-
-def part_headers(head: bytes) -> dict[str, str]:
+def _part_headers(head: bytes) -> dict[str, str]:
     headers: dict[str, str] = {}
     if not head:
         return headers

@@ -1,4 +1,4 @@
-"""Buckets and objects as JSON resources, and the hashes in headers.
+"""Buckets and objects as JSON resources.
 
 https://cloud.google.com/storage/docs/json_api/v1/objects#resource and `/buckets#resource`.
 """
@@ -6,13 +6,13 @@ https://cloud.google.com/storage/docs/json_api/v1/objects#resource and `/buckets
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
-from .objects import Bucket, StoredObject, invalid
+from .buckets import Bucket
+from .objects import StoredObject
 
 
 def timestamp(microseconds: int) -> str:
@@ -27,7 +27,7 @@ def etag(generation: int, metageneration: int) -> str:
 
 
 def object_resource(
-    stored: StoredObject, base_url: str, wanted: frozenset[str] | None = None
+    stored: StoredObject, bucket: Bucket, base_url: str, wanted: frozenset[str] | None = None
 ) -> dict[str, Any]:
     """The object's JSON; with `wanted`, at least these keys (all are half a listing's cost)."""
     if wanted is not None and wanted <= _CHEAP.keys():
@@ -62,6 +62,9 @@ def object_resource(
         resource["metadata"] = stored.metadata
     if stored.component_count is not None:
         resource["componentCount"] = stored.component_count
+    until = bucket.retained_until(stored)
+    if until is not None:
+        resource["retentionExpirationTime"] = timestamp(until)
     resource.update(stored.settings)
     return resource
 
@@ -100,37 +103,3 @@ def bucket_resource(bucket: Bucket, base_url: str) -> dict[str, Any]:
     }
     resource.update(bucket.settings)
     return resource
-
-
-def hash_header(stored: StoredObject) -> str:
-    """The value of `x-goog-hash`, of the whole object whatever range is sent."""
-    crc32c = f"crc32c={stored.crc32c}"
-    return crc32c if stored.md5 is None else f"{crc32c},md5={stored.md5}"
-
-
-def parse_hash_header(headers: dict[str, str]) -> dict[str, str]:
-    """Hashes declared in `X-Goog-Hash` and `Content-MD5`.
-
-    Raises:
-        ApiError: 400 when one is not base64 of the right length.
-    """
-    declared: dict[str, str] = {}
-    for part in headers.get("x-goog-hash", "").split(","):
-        name, equals, value = part.strip().partition("=")
-        if equals:
-            declared[name.strip().lower()] = value.strip()
-    if "content-md5" in headers:
-        declared["md5"] = headers["content-md5"]
-    for name, length in (("crc32c", 4), ("md5", 16)):
-        if name in declared:
-            check_hash(declared[name], name, length)
-    return declared
-
-
-def check_hash(value: str, name: str, length: int) -> None:
-    try:
-        right = len(base64.b64decode(value, validate=True)) == length
-    except (binascii.Error, ValueError):
-        right = False
-    if not right:
-        raise invalid(f"Invalid value for {name}: {value!r} is not base64 of {length} bytes")

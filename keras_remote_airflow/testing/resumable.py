@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from .bodies import Spool
-from .objects import ApiError, Preconditions, Upload, invalid
+from .calls import Answer
+from .errors import PlainError, invalid
+from .objects import NewObject
 
 CHUNK_BYTES = 256 * 1024  # chunks other than the last are multiples of this
 
-_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+|\*)|\*)/(\d+|\*)")
 
 
 @dataclass(frozen=True, slots=True)
 class ContentRange:
-    """`first` and `last` are None for a body without bytes, `total` when it is not known yet."""
+    """The header `Content-Range` of a PUT to a session.
+
+    `first` is None for a body without bytes, which asks how far the upload is. `last` is None
+    when the body is the rest of the object, `total` when it is not known yet.
+    """
 
     first: int | None
     last: int | None
@@ -27,21 +33,20 @@ class ContentRange:
         found = _CONTENT_RANGE.fullmatch(header)
         if found is None:
             raise invalid("Failed to parse Content-Range header.")
-        first, last = (None, None) if found[1] is None else (int(found[1]), int(found[2]))
-        total = None if found[3] == "*" else int(found[3])
+        first, last, total = (
+            int(text) if text is not None and text != "*" else None for text in found.groups()
+        )
         if first is not None and last is not None and (last < first or last >= (total or last + 1)):
             raise invalid("Failed to parse Content-Range header.")
         return cls(first, last, total)
 
 
-class PlainError(ApiError):
-    """The upload endpoint answers some errors in plain text."""
-
-
-class Transfer:
+class SessionWrite:
     """The bytes of one PUT on their way into a session; stale once the next PUT has begun."""
 
-    def __init__(self, session: Session, content_range: ContentRange | None, first: int) -> None:
+    def __init__(
+        self, session: UploadSession, content_range: ContentRange | None, first: int
+    ) -> None:
         self._session = session
         self._range = content_range
         self._start = session.persisted
@@ -77,8 +82,10 @@ class Transfer:
         content_range = self._range
         if content_range is None:
             return True
-        if content_range.first is None or content_range.last is None:
+        if content_range.first is None:
             return content_range.total == self._session.persisted
+        if content_range.last is None:
+            return True
         expected = content_range.last - content_range.first + 1
         problem = None
         if body_bytes != expected:
@@ -102,26 +109,28 @@ class Transfer:
         return False
 
 
-class Session:
-    """One upload: the bytes persisted so far, and what is to become of them."""
+class UploadSession:
+    """One upload: the bytes persisted so far, and what is to become of them.
+
+    `query` is that of the request that began it: its preconditions and `fields` still hold at the
+    end. `finished` is the answer to the last PUT, for clients that ask again.
+    """
 
     def __init__(
         self,
         bucket: str,
-        upload: Upload,
-        preconditions: Preconditions,
+        new: NewObject,
+        query: Mapping[str, str],
         spool: Spool,
-        fields: str | None,
         declared_size: int | None,
     ) -> None:
         self.bucket = bucket
-        self.upload = upload
-        self.preconditions = preconditions
-        self.fields = fields
-        self.declared_size = declared_size
+        self.new = new
+        self.query = query
         self.spool = spool
-        self.transfer: Transfer | None = None
-        self.finished: dict[str, Any] | None = None
+        self.declared_size = declared_size
+        self.transfer: SessionWrite | None = None
+        self.finished: Answer | None = None
 
     @property
     def persisted(self) -> int:
@@ -133,13 +142,25 @@ class Session:
         """Bytes that would survive if the current request broke off."""
         return self.persisted // CHUNK_BYTES * CHUNK_BYTES
 
-    def finish(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """Keep the answer for clients that ask again; the bytes are the object's now."""
-        self.finished = answer
-        self.spool = Spool(None)
+    def status(self, headers: Mapping[str, str]) -> Answer:
+        """The answer while bytes are missing: how many are there."""
+        kept = self.resumable_size
+        answer = Answer(308, {"Range": f"bytes=0-{kept - 1}"} if kept else {})
+        if headers.get("x-guploader-no-308", "").lower() == "yes":
+            answer.status = 200
+            answer.headers["X-HTTP-Status-Code-Override"] = "308"
         return answer
 
-    def begin(self, content_range: ContentRange | None) -> Transfer:
+    def finish(self, answer: Answer) -> None:
+        """The object is made; the bytes are its own now."""
+        self.finished = answer
+        self.spool = Spool(None)
+
+    def discard(self) -> None:
+        """Drop the bytes of an upload that did not finish."""
+        self.spool.discard()
+
+    def begin(self, content_range: ContentRange | None) -> SessionWrite:
         """A PUT begins, with bytes or without.
 
         A range that starts before the persisted size is taken and its known bytes are skipped;
@@ -165,6 +186,6 @@ class Session:
                 f"The total of {total} bytes in Content-Range is not the "
                 f"{self.declared_size} bytes declared when the upload began."
             )
-        transfer = Transfer(self, content_range, first)
+        transfer = SessionWrite(self, content_range, first)
         self.transfer = transfer
         return transfer

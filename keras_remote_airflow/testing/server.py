@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import unquote
 
-from .api import Api, error_response
+from aiohttp import web
+
+from .access import Access
+from .api import Api
+from .buckets import Buckets
 from .faults import Fault, Faults, Request
 from .folder import Folder
-from .http import Connection, HttpRequest, Response
-from .objects import ApiError, Store, StoredObject, Upload, check_name
+from .handler import Handler
+from .objects import NewObject, StoredObject, check_name
 
 # Long enough for the slowest machine to bind a port; a server that cannot is broken.
 _START_SECONDS = 30.0
+# Object names of 1024 bytes come percent-encoded, some requests have two, and page tokens are long.
+_MAX_LINE_BYTES = 64 * 1024
 
 
 class StorageServer:
@@ -50,14 +55,15 @@ class StorageServer:
         self.latency = latency
         self._lock = threading.RLock()
         self._faults = Faults()
-        self._store = Store(None if directory is None else Folder(Path(directory)))
-        self._app = _App(self)
+        self._buckets = Buckets(None if directory is None else Folder(Path(directory)))
+        self._access = Access(self._buckets)
+        self._api = Api(self._buckets, self._access)
+        self._web: web.Server | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
-        self._connections: set[Connection] = set()
         for name in buckets:
-            if name not in self._store.buckets:
+            if name not in self._buckets:
                 self.create_bucket(name)
 
     # Life.
@@ -93,7 +99,8 @@ class StorageServer:
             with suppress(RuntimeError):  # the loop has come to its end by itself
                 self._loop.call_soon_threadsafe(self._stopping.set)
         thread.join()
-        self._app.close()
+        with self._lock:
+            self._api.close()
 
     def __enter__(self) -> StorageServer:
         return self.start()
@@ -118,15 +125,32 @@ class StorageServer:
 
     # State, by the back door: no HTTP, no faults, no log.
 
-    def create_bucket(self, name: str, lifecycle: Mapping[str, Any] | None = None) -> None:
+    def create_bucket(
+        self,
+        name: str,
+        lifecycle: Mapping[str, Any] | None = None,
+        *,
+        requester_pays: bool = False,
+    ) -> None:
+        """Create a bucket.
+
+        Args:
+            name: of the bucket.
+            lifecycle: its lifecycle rules. They are shown, and nothing is deleted by them.
+            requester_pays: refuse requests that name no project to bill (`userProject`).
+        """
+        settings: dict[str, Any] = {}
+        if lifecycle is not None:
+            settings["lifecycle"] = dict(lifecycle)
+        if requester_pays:
+            settings["billing"] = {"requesterPays": True}
         with self._lock:
-            settings = {} if lifecycle is None else {"lifecycle": dict(lifecycle)}
-            self._store.create_bucket(name, settings)
+            self._buckets.create_bucket(name, settings)
 
     def objects(self, bucket: str) -> dict[str, StoredObject]:
         """A snapshot of the bucket's objects by name, in listing order."""
         with self._lock:
-            held = self._store.bucket(bucket)
+            held = self._buckets[bucket]
             return {n: dataclasses.replace(held.objects[n]) for n in held.names.sorted()}
 
     def put(
@@ -135,14 +159,22 @@ class StorageServer:
         """Store an object, overwriting what is there."""
         check_name(name)
         with self._lock:
-            spool = self._store.spool(bucket)
+            spool = self._buckets.spool(bucket)
             spool.write(bytes(data))
-            upload = Upload(name, metadata=None if metadata is None else dict(metadata))
-            return dataclasses.replace(self._store.put(bucket, upload, spool))
+            new = NewObject(name, metadata=None if metadata is None else dict(metadata))
+            return dataclasses.replace(self._buckets.put(bucket, new, spool))
 
     def delete(self, bucket: str, name: str) -> None:
         with self._lock:
-            self._store.delete(bucket, name)
+            self._buckets.delete(self._buckets.get(bucket, name))
+
+    def advance_clock(self, seconds: float) -> None:
+        """Set the server's clock ahead, for tests of what happens later.
+
+        Times of objects and the end of retention periods follow it.
+        """
+        with self._lock:
+            self._buckets.ahead += round(seconds * 1_000_000)
 
     # Faults and the log.
 
@@ -155,11 +187,11 @@ class StorageServer:
 
     def deny(self, *names: str) -> None:
         """Answer 403 to "overwrite", "delete", "bucket_get" and the other names in `DENIABLE`."""
-        self._faults.deny(*names)
+        self._access.deny(*names)
 
     def allow_all(self) -> None:
         """Take back every `deny`."""
-        self._faults.allow_all()
+        self._access.allow_all()
 
     @property
     def requests(self) -> list[Request]:
@@ -168,6 +200,11 @@ class StorageServer:
 
     def clear_requests(self) -> None:
         self._faults.clear_log()
+
+    @property
+    def connections(self) -> int:
+        """How many connections of clients are open."""
+        return 0 if self._web is None else len(self._web.connections)
 
     # The thread.
 
@@ -183,9 +220,15 @@ class StorageServer:
     async def _serve(self, ready: list[BaseException | None], event: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        server = await self._loop.create_server(
-            lambda: Connection(self._app, self._connections), self.host, self.port, backlog=1024
+        self._web = web.Server(
+            Handler(self._api, self._faults, self._lock, lambda: self.latency),
+            handler_cancellation=True,
+            auto_decompress=False,
+            access_log=None,
+            max_line_size=_MAX_LINE_BYTES,
+            max_field_size=_MAX_LINE_BYTES,
         )
+        server = await self._loop.create_server(self._web, self.host, self.port, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
         ready.append(None)
         event.set()
@@ -195,143 +238,12 @@ class StorageServer:
         # ever. So: accept no more, let those tasks end, abort their connections, and then close.
         for listener in server.sockets:
             self._loop.remove_reader(listener.fileno())
-        while self._connections or len(asyncio.all_tasks()) > 1:
-            for connection in list(self._connections):
-                connection.abort()
+        while self._web.connections or len(asyncio.all_tasks()) > 1:
+            for connection in self._web.connections:
+                if connection.transport is not None:
+                    connection.transport.abort()
             await asyncio.sleep(0)
         server.close()
-
-
-class _App:
-    """What the connections call: faults, then the API, then the log."""
-
-    def __init__(self, server: StorageServer) -> None:
-        self._server = server
-        self._faults = server._faults
-        self._lock = server._lock
-        self._api = Api(server._store, server._faults)
-
-    def close(self) -> None:
-        with self._lock:
-            self._api.close()
-
-    def begin(self, request: HttpRequest) -> int | None:
-        fault = request.fault = self._match(request)
-        drop_after = None
-        if fault is not None:
-            if fault.action == "drop_before":
-                drop_after = fault.after_bytes
-            unread = fault.action == "drop_before" and drop_after is None
-            if unread or (fault.action == "status" and fault.status is not None):
-                request.sink = _Nowhere()
-                return None
-        try:
-            with self._lock:
-                request.sink = self._api.open_sink(request)
-        except ApiError as exc:
-            request.sink = _Nowhere()
-            request.refused = exc
-        return drop_after
-
-    def respond(self, request: HttpRequest) -> Response:
-        fault: Fault | None = request.fault
-        response = self._answer(request, fault)
-        response.delay += self._server.latency
-        if fault is not None:
-            response.delay += fault.latency
-            if fault.headers:
-                response.headers = {**response.headers, **fault.headers}
-        silent = response.drop or (response.stall and response.cut_at is None)
-        self._log(request, None if silent else response.status)
-        return response
-
-    def aborted(self, request: HttpRequest) -> None:
-        with self._lock:
-            if request.sink is not None:
-                request.sink.abort()
-        self._log(request, None)
-
-    def _answer(self, request: HttpRequest, fault: Fault | None) -> Response:
-        if fault is not None and fault.action == "drop_before" and fault.after_bytes is None:
-            return Response(0, drop=True)
-        if fault is not None and fault.action == "status" and fault.status is not None:
-            return _status_response(fault.status)
-        if request.refused is not None:
-            return error_response(request.refused)
-        with self._lock:
-            response = self._api.serve(request, self._batch_call)
-        return response if fault is None else _spoil(response, fault)
-
-    def _batch_call(self, request: HttpRequest) -> Response:
-        """One call of a batch. Only a fault's status makes sense here."""
-        fault = self._match(request)
-        if fault is not None and fault.action == "status" and fault.status is not None:
-            response = _status_response(fault.status)
-        else:
-            response = self._api.serve(request, None)
-        self._log(request, response.status)
-        return response
-
-    def _match(self, request: HttpRequest) -> Fault | None:
-        download = request.method == "GET" and request.query.get("alt") == "media"
-        return self._faults.match(request.method, request.decoded_target, download=download)
-
-    def _log(self, request: HttpRequest, status: int | None) -> None:
-        self._faults.log(
-            Request(
-                method=request.method,
-                path=unquote(request.path),
-                query=request.query,
-                object_name=request.object_name,
-                status=status,
-                body_bytes=request.body_bytes,
-            )
-        )
-
-
-class _Nowhere:
-    """Takes a body that nobody will read."""
-
-    def write(self, data: bytes) -> None:
-        """Drop it."""
-
-    def abort(self) -> None:
-        """Nothing to undo."""
-
-
-def _status_response(status: int) -> Response:
-    return error_response(ApiError(status, "backendError", f"Injected status {status}"))
-
-
-def _spoil(response: Response, fault: Fault) -> Response:
-    """Make a good answer bad, as the fault says."""
-    length = len(response.body) if response.stream is None else response.content_length
-    if fault.action == "drop_after":
-        response.drop = True
-    elif fault.action == "stall":
-        response.stall = True
-        response.cut_at = fault.after_bytes
-    elif fault.action == "truncate":
-        response.cut_at = length // 2 if fault.after_bytes is None else fault.after_bytes
-    elif fault.action == "corrupt" and response.status in (200, 206):
-        at = length // 2 if fault.after_bytes is None else fault.after_bytes
-        pieces = (response.body,) if response.stream is None else response.stream
-        response.stream = _flip_bit(pieces, at)
-        response.content_length = length
-    elif fault.action == "bad_hash" and "X-Goog-Hash" in response.headers:
-        # Hashes of no object that a test would store.
-        wrong = "crc32c=/////w==,md5=/////////////////////w=="
-        response.headers = {**response.headers, "X-Goog-Hash": wrong}
-    return response
-
-
-def _flip_bit(pieces: Iterable[bytes], at: int) -> Iterator[bytes]:
-    for piece in pieces:
-        if 0 <= at < len(piece):
-            yield piece[:at] + bytes([piece[at] ^ 1]) + piece[at + 1 :]
-        else:
-            yield piece
-        at -= len(piece)
 
 
 def environment(url: str) -> dict[str, str]:

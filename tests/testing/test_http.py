@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from typing import Any
 
 import pytest
@@ -13,17 +14,11 @@ GET = b"GET /storage/v1/b/demo?fields=name HTTP/1.1\r\nHost: x\r\n\r\n"
 UPLOAD = b"POST /upload/storage/v1/b/demo/o?uploadType=media&name=x&fields=size HTTP/1.1\r\nHost: x"
 
 
-def exchange(server: StorageServer, *pieces: bytes) -> bytes:
-    """Send the pieces, close our side, and read to the end."""
-    with socket.create_connection((server.host, server.port), timeout=60) as raw:
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for piece in pieces:
-            raw.sendall(piece)
-        raw.shutdown(socket.SHUT_WR)
-        received = b""
-        while piece := raw.recv(65536):
-            received += piece
-        return received
+def read_to_end(raw: socket.socket) -> bytes:
+    received = b""
+    while piece := raw.recv(65536):
+        received += piece
+    return received
 
 
 def test_a_connection_is_kept_for_many_requests(call: Any) -> None:
@@ -65,9 +60,7 @@ def test_a_client_may_wait_for_100_continue(server: StorageServer) -> None:
 def test_connection_close_is_honoured(server: StorageServer) -> None:
     with socket.create_connection((server.host, server.port), timeout=60) as raw:
         raw.sendall(GET.replace(b"Host: x", b"Host: x\r\nConnection: close"))
-        received = b""
-        while piece := raw.recv(65536):
-            received += piece
+        received = read_to_end(raw)
     assert b"Connection: close" in received
     assert received.endswith(b'{"name": "demo"}')
 
@@ -83,7 +76,6 @@ def test_head_sends_headers_only(call: Any) -> None:
     "request_bytes",
     [
         b"nonsense\r\n\r\n",
-        b"GET / HTTP/2.0\r\n\r\n",
         b"GET nowhere HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
         b"GET / HTTP/1.1\r\nBad Name : x\r\n\r\n",
@@ -102,18 +94,25 @@ def test_head_sends_headers_only(call: Any) -> None:
 def test_what_cannot_be_read_is_400_and_the_connection_ends(
     server: StorageServer, request_bytes: bytes
 ) -> None:
-    try:
-        received = exchange(server, request_bytes)
-    except ConnectionError:
-        received = b"HTTP/1.1 400"  # it closed while we were still sending
-    assert received.startswith(b"HTTP/1.1 400")
+    with socket.create_connection((server.host, server.port), timeout=60) as raw:
+        try:
+            raw.sendall(request_bytes)
+            received = read_to_end(raw)
+        except ConnectionError:
+            received = b" 400 "  # it closed while we were still sending
+    assert b" 400 " in received.partition(b"\r\n")[0]
     assert not server.objects("demo")
 
 
 def test_a_body_cut_short_stores_nothing(server: StorageServer) -> None:
     for size in (10, 5_000_000):
         head = UPLOAD + b"\r\nContent-Length: %d\r\n\r\n" % size
-        assert exchange(server, head, bytes(size - 1)) == b""
+        with socket.create_connection((server.host, server.port), timeout=60) as raw:
+            raw.sendall(head + bytes(size - 1))
+            raw.shutdown(socket.SHUT_WR)
+            assert read_to_end(raw) == b""
+    while len(server.requests) < 2:
+        threading.Event().wait(0.001)
     assert not server.objects("demo")
     assert [r.status for r in server.requests] == [None, None]
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_remote_airflow.testing.listing import Names, Query, decode_token, list_page
+from keras_remote_airflow.testing.listing import (
+    ListingQuery,
+    SortedNames,
+    decode_token,
+    list_page,
+)
 
 TEXT = st.text(alphabet="ab/é\U0010ffff", max_size=6)
 NAME = st.text(alphabet="ab/é\U0010ffff", min_size=1, max_size=6)
@@ -15,7 +20,7 @@ def all_pages(names: list[str], query: dict[str, str], size: int) -> list[tuple[
     found: list[tuple[str, str]] = []
     after = ""
     while True:
-        page = list_page(names, Query(**query, after=after, max_results=size))  # type: ignore[arg-type]
+        page = list_page(names, ListingQuery(**query, after=after, max_results=size))  # type: ignore[arg-type]
         assert len(page.names) + len(page.prefixes) <= size
         found += [("name", name) for name in page.names]
         found += [("prefix", prefix) for prefix in page.prefixes]
@@ -57,7 +62,7 @@ def test_pages_add_up_to_what_the_model_says(
 
 @given(st.lists(st.tuples(st.booleans(), NAME)))
 def test_names_stay_sorted_through_additions_and_removals(changes: list[tuple[bool, str]]) -> None:
-    names, model = Names(), set[str]()
+    names, model = SortedNames(), set[str]()
     for adding, name in changes:
         if adding and name not in model:
             names.add(name)

@@ -72,7 +72,7 @@ def test_the_plugin_is_light() -> None:
 def test_the_server_needs_no_google_client_and_no_airflow() -> None:
     code = "import sys; from keras_remote_airflow.testing import StorageServer; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
-    assert not {"airflow", "google.cloud.storage", "aiohttp", "requests"} & set(loaded)
+    assert not {"airflow", "google.cloud.storage", "requests"} & set(loaded)
 
 
 def test_the_command_starts_a_server_and_prints_how_to_use_it(tmp_path: Path) -> None:

@@ -1,0 +1,300 @@
+"""Buckets and the objects in them, in memory or in a folder. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from .bodies import MD5_UP_TO_BYTES, Body, Spool, md5_of
+from .errors import ApiError, invalid, not_found, required
+from .folder import Folder
+from .listing import SortedNames
+from .objects import NO_PRECONDITIONS, NewObject, Preconditions, StoredObject
+
+# https://cloud.google.com/storage/docs/buckets#naming
+_BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+MAX_RETENTION_SECONDS = 3_155_760_000  # https://cloud.google.com/storage/docs/bucket-lock
+
+
+@dataclass(slots=True)
+class Bucket:
+    """One bucket; `settings` is what its owner wrote on the resource (lifecycle, labels, ...)."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    metageneration: int = 1
+    created: int = 0
+    updated: int = 0
+    objects: dict[str, StoredObject] = field(default_factory=dict)
+    names: SortedNames = field(default_factory=SortedNames)
+
+    @property
+    def requester_pays(self) -> bool:
+        return bool(self.settings.get("billing", {}).get("requesterPays"))
+
+    def retained_until(self, stored: StoredObject) -> int | None:
+        """When the bucket's retention policy releases an object; None without policy.
+
+        The period has not begun while an event-based hold is on the object.
+        """
+        policy = self.settings.get("retentionPolicy")
+        if policy is None or stored.settings.get("eventBasedHold"):
+            return None
+        return max(stored.created, stored.released) + int(policy["retentionPeriod"]) * 1_000_000
+
+
+class Buckets:
+    """All buckets. Not thread-safe: the server holds a lock around it."""
+
+    def __init__(self, folder: Folder | None = None) -> None:
+        self._folder = folder
+        self._clock = 0
+        self._by_name: dict[str, Bucket] = {}
+        self.ahead = 0  # microseconds by which this server's clock is set ahead
+        if folder is not None:
+            self._load(folder)
+
+    # Buckets.
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def __getitem__(self, name: str) -> Bucket:
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise not_found("The specified bucket does not exist.") from None
+
+    def names(self) -> list[str]:
+        return sorted(self._by_name)
+
+    def create_bucket(self, name: str, settings: Mapping[str, Any]) -> Bucket:
+        if not _BUCKET_NAME.fullmatch(name) or ".." in name:
+            raise invalid(f"Invalid bucket name: '{name}'")
+        if name in self._by_name:
+            raise ApiError(
+                409,
+                "conflict",
+                "Your previous request to create the named bucket succeeded and you already own "
+                "it.",
+            )
+        now = self._now()
+        bucket = Bucket(name, _checked(settings), created=now, updated=now)
+        if self._folder is not None:
+            self._folder.create_bucket(name)
+        self._by_name[name] = bucket
+        self._save_bucket(bucket)
+        return bucket
+
+    def change_bucket(self, bucket: Bucket, settings: Mapping[str, Any]) -> None:
+        """Replace the bucket's settings."""
+        bucket.settings = _checked(settings)
+        bucket.metageneration += 1
+        bucket.updated = self._now()
+        self._save_bucket(bucket)
+
+    def delete_bucket(self, name: str, preconditions: Preconditions) -> None:
+        bucket = self[name]
+        preconditions.check(bucket)
+        if bucket.objects:
+            raise ApiError(409, "conflict", "The bucket you tried to delete is not empty.")
+        if self._folder is not None:
+            self._folder.delete_bucket(name)
+        del self._by_name[name]
+
+    # Objects.
+
+    def spool(self, bucket: str) -> Spool:
+        """Where the bytes of an upload to `bucket` may go as they arrive."""
+        self[bucket]  # there must be one
+        return Spool(None if self._folder is None else self._folder.data_directory(bucket))
+
+    def get(
+        self,
+        bucket: str,
+        name: str,
+        generation: str | None = None,
+        preconditions: Preconditions = NO_PRECONDITIONS,
+    ) -> StoredObject:
+        found = self[bucket].objects.get(name)
+        if found is None or (generation is not None and generation != str(found.generation)):
+            raise not_found(f"No such object: {bucket}/{name}")
+        preconditions.check(found, reading=True)
+        return found
+
+    def check_removal(self, stored: StoredObject) -> None:
+        """Raise 403 if a hold or the bucket's retention policy keeps the object."""
+        stored.check_holds()
+        until = self[stored.bucket].retained_until(stored)
+        if until is not None and until > self.time():
+            raise ApiError(
+                403,
+                "retentionPolicyNotMet",
+                f"Object '{stored.bucket}/{stored.name}' is subject to bucket's retention policy "
+                "or object retention and cannot be deleted or overwritten until "
+                f"{datetime.fromtimestamp(until / 1e6, UTC).isoformat()}",
+            )
+
+    def put(self, bucket: str, new: NewObject, spool: Spool) -> StoredObject:
+        """Store the spooled bytes in place of what is there, or raise and store nothing.
+
+        Raises:
+            ApiError: 400 when a declared hash differs, 404 without bucket.
+        """
+        try:
+            holder = self[bucket]
+            if new.crc32c is not None and new.crc32c != spool.crc32c:
+                raise invalid(
+                    f'Provided CRC32C "{new.crc32c}" doesn\'t match calculated CRC32C '
+                    f'"{spool.crc32c}".'
+                )
+            body = spool.finish()
+            md5 = None
+            if new.md5 is not None or body.size <= MD5_UP_TO_BYTES:
+                md5 = md5_of(body)
+            if new.md5 is not None and new.md5 != md5:
+                raise invalid(
+                    f'Provided MD5 hash "{new.md5}" doesn\'t match calculated MD5 hash "{md5}".'
+                )
+        except ApiError:
+            spool.discard()
+            raise
+        return self._keep(holder, new, body, spool.crc32c, md5)
+
+    def delete(self, stored: StoredObject) -> None:
+        bucket = self[stored.bucket]
+        if self._folder is not None:
+            self._folder.delete_object(stored.bucket, stored.name)
+        del bucket.objects[stored.name]
+        bucket.names.remove(stored.name)
+        stored.body.discard()
+
+    def change(
+        self,
+        stored: StoredObject,
+        *,
+        content_type: str | None,
+        metadata: dict[str, str] | None,
+        settings: dict[str, Any],
+    ) -> None:
+        """Replace an object's metadata; the generation stays, the metageneration grows."""
+        stored.updated = self._now()
+        if stored.settings.get("eventBasedHold") and not settings.get("eventBasedHold"):
+            stored.released = stored.updated
+        stored.content_type = content_type
+        stored.metadata = metadata
+        stored.settings = settings
+        stored.metageneration += 1
+        self._save_object(stored)
+
+    def compose(self, bucket: str, new: NewObject, sources: Iterable[StoredObject]) -> StoredObject:
+        """Concatenate objects into one. A composite object has no MD5."""
+        spool = self.spool(bucket)
+        parts = 0
+        for source in sources:
+            parts += source.component_count or 1
+            for piece in source.body.read():
+                spool.write(piece)
+        return self._keep(self[bucket], new, spool.finish(), spool.crc32c, None, parts)
+
+    def copy(self, source: StoredObject, bucket: str, new: NewObject) -> StoredObject:
+        """Store the same bytes under another name (or over the same one)."""
+        body = source.body
+        if self._folder is not None:
+            spool = self.spool(bucket)
+            for piece in source.body.read():
+                spool.write(piece)
+            body = spool.finish()
+        holder = self[bucket]
+        return self._keep(holder, new, body, source.crc32c, source.md5, source.component_count)
+
+    def time(self) -> int:
+        """Microseconds since the epoch by this server's clock."""
+        return time.time_ns() // 1000 + self.ahead
+
+    # Helpers.
+
+    def _now(self) -> int:
+        """The time, never the same twice: it serves as generation, as in Cloud Storage."""
+        self._clock = max(self._clock + 1, self.time())
+        return self._clock
+
+    def _keep(
+        self,
+        bucket: Bucket,
+        new: NewObject,
+        body: Body,
+        crc32c: str,
+        md5: str | None,
+        component_count: int | None = None,
+    ) -> StoredObject:
+        now = self._now()
+        settings = new.settings
+        if bucket.settings.get("defaultEventBasedHold"):
+            settings = {"eventBasedHold": True, **settings}
+        stored = StoredObject(
+            bucket=bucket.name,
+            name=new.name,
+            body=body,
+            generation=now,
+            crc32c=crc32c,
+            md5=md5,
+            content_type=new.content_type,
+            metadata=new.metadata,
+            settings=settings,
+            component_count=component_count,
+            created=now,
+            updated=now,
+        )
+        self._save_object(stored)
+        before = bucket.objects.get(new.name)
+        bucket.objects[new.name] = stored
+        if before is None:
+            bucket.names.add(new.name)
+        elif before.body is not body:
+            before.body.discard()
+        return stored
+
+    def _save_bucket(self, bucket: Bucket) -> None:
+        if self._folder is not None:
+            self._folder.save_bucket(bucket.name, _fields(bucket, "objects", "names"))
+
+    def _save_object(self, stored: StoredObject) -> None:
+        if self._folder is not None:
+            fields = _fields(stored, "bucket", "body")
+            self._folder.save_object(stored.bucket, stored.name, fields, stored.body)
+
+    def _load(self, folder: Folder) -> None:
+        for fields in folder.buckets():
+            bucket = Bucket(**fields)
+            self._by_name[bucket.name] = bucket
+            for values, body in folder.objects(bucket.name):
+                stored = StoredObject(bucket=bucket.name, body=body, **values)
+                bucket.objects[stored.name] = stored
+                bucket.names.add(stored.name)
+                self._clock = max(self._clock, stored.generation, stored.updated)
+
+
+def _fields(value: Bucket | StoredObject, *without: str) -> dict[str, Any]:
+    """What is kept of a bucket or an object in a file beside its bytes."""
+    names = (each.name for each in dataclasses.fields(value))
+    return {name: getattr(value, name) for name in names if name not in without}
+
+
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A bucket's settings; raises 400 for a malformed value of those that have an effect here."""
+    for setting in ("billing", "retentionPolicy"):
+        if not isinstance(settings.get(setting, {}), dict):
+            raise invalid(f"Invalid value for {setting}: {settings[setting]!r}")
+    if "retentionPolicy" in settings:
+        period = settings["retentionPolicy"].get("retentionPeriod")
+        if period is None:
+            raise required("retentionPolicy.retentionPeriod")
+        if not (str(period).isdigit() and 0 < int(period) <= MAX_RETENTION_SECONDS):
+            raise invalid(f"Invalid value for retentionPeriod: {period!r}")
+    return dict(settings)

@@ -1,0 +1,157 @@
+"""A request and its answer as the API sees them, without sockets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import InitVar, dataclass, field
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import unquote, unquote_plus
+
+from .errors import ApiError, RangeError, invalid
+from .fields import parse_fields, select
+
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+_REASONS |= {308: "Resume Incomplete", 499: "Client Closed Request"}
+_JSON = {"Content-Type": "application/json; charset=UTF-8"}
+_PLAIN = {"Content-Type": "text/plain; charset=UTF-8"}
+
+
+@dataclass(slots=True)
+class Call:
+    """One request, from a connection or from a batch; header names are in lower case.
+
+    `path` is still percent-encoded: an object name may contain `%2F`, so the path must be split
+    at its slashes before it is decoded. `body` is empty for uploads, which go to a `Receiver`.
+    `object_name` is filled in for the log once it is known.
+    """
+
+    method: str
+    target: InitVar[str]
+    headers: dict[str, str]
+    body: bytes = b""
+    body_bytes: int = 0
+    object_name: str | None = None
+    path: str = field(init=False)
+    query_string: str = field(init=False)
+    query: dict[str, str] = field(init=False)
+
+    def __post_init__(self, target: str) -> None:
+        if not target.startswith("/"):  # a whole URL, as clients send it in batches
+            target = "/" + "/".join(target.split("/")[3:])
+        self.path, _, self.query_string = target.partition("?")
+        # Of a repeated name the last value is kept.
+        pairs = (pair.partition("=") for pair in self.query_string.split("&") if pair)
+        self.query = {unquote_plus(name): unquote_plus(value) for name, _, value in pairs}
+
+    @property
+    def parts(self) -> list[str]:
+        """The decoded parts of the path."""
+        return [unquote(part) for part in self.path.split("/")[1:]]
+
+    @property
+    def decoded_target(self) -> str:
+        """Path and query as a person reads them, for matching and for logs."""
+        query = f"?{unquote_plus(self.query_string)}" if self.query_string else ""
+        return unquote(self.path) + query
+
+    @property
+    def reads(self) -> bool:
+        return self.method in ("GET", "HEAD")
+
+    @property
+    def is_download(self) -> bool:
+        return self.method == "GET" and self.query.get("alt") == "media"
+
+    @property
+    def base_url(self) -> str:
+        return f"http://{self.headers.get('host', '127.0.0.1')}"
+
+    @property
+    def field_tree(self) -> dict[str, Any]:
+        """The parsed `fields` parameter; empty without one."""
+        text = self.query.get("fields", "")
+        if not text:
+            return {}
+        try:
+            return parse_fields(text)
+        except ValueError as exc:
+            raise ApiError(400, "invalidParameter", str(exc)) from exc
+
+    def flag(self, name: str) -> bool:
+        """A boolean of the query; clients write it in any case."""
+        return self.query.get(name, "").lower() == "true"
+
+    def number(self, name: str) -> int | None:
+        """A number of the query, or None."""
+        text = self.query.get(name, "")
+        if not text:
+            return None
+        if not (text.isascii() and text.isdigit()):
+            raise invalid(f"Invalid value for {name}: {text!r}")
+        return int(text)
+
+    def json(self) -> dict[str, Any]:
+        """The body as a JSON object."""
+        return parse_json(self.body)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What to answer: `body`, or a `stream` of `length` bytes."""
+
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    stream: Iterable[bytes] | None = None
+    length: int = -1
+
+    def __post_init__(self) -> None:
+        if self.stream is None:
+            self.length = len(self.body)
+
+    @property
+    def reason(self) -> str:
+        """The words after the status."""
+        return _REASONS.get(self.status, "Unknown")
+
+    @property
+    def pieces(self) -> Iterable[bytes]:
+        return (self.body,) if self.stream is None else self.stream
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """A JSON object; nothing and `null` count as an empty one."""
+    if not data.strip():
+        return {}
+    try:
+        value = json.loads(data)
+    except ValueError as exc:
+        raise ApiError(400, "parseError", f"Parse Error: {exc}") from exc
+    if value is not None and not isinstance(value, dict):
+        raise ApiError(400, "parseError", "Parse Error: expected a JSON object")
+    return value or {}
+
+
+def json_answer(call: Call, value: dict[str, Any]) -> Answer:
+    """200, with what the call's `fields` select."""
+    tree = call.field_tree
+    chosen = select(value, tree) if tree else value
+    return Answer(200, _JSON, json.dumps(chosen, ensure_ascii=False).encode())
+
+
+def error_answer(exc: ApiError, *, plain: bool = False) -> Answer:
+    if exc.status == 304:
+        return Answer(304)
+    if isinstance(exc, RangeError):
+        return Answer(
+            exc.status, {**_PLAIN, "Content-Range": f"bytes */{exc.size}"}, exc.message.encode()
+        )
+    if plain or exc.plain:
+        return Answer(exc.status, _PLAIN, exc.message.encode())
+    detail = {"message": exc.message, "domain": "global", "reason": exc.reason}
+    if exc.status == 412:
+        detail |= {"locationType": "header", "location": "If-Match"}
+    error = {"error": {"code": exc.status, "message": exc.message, "errors": [detail]}}
+    return Answer(exc.status, _JSON, json.dumps(error).encode())

@@ -1,0 +1,197 @@
+"""What aiohttp calls for each request.
+
+A request sets off a fault or none. Its body goes to the API, which then answers; the log gets a
+line; and after the latency the answer is sent, or what the fault makes of it. The API's work is
+synchronous and runs on the event loop; the lock keeps the methods of `StorageServer`, which other
+threads call, out of the buckets meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from aiohttp import web
+
+from .api import Api, answer_or_error
+from .calls import Answer, Call, error_answer
+from .errors import ApiError
+from .faults import Fault, Faults
+from .receivers import Receiver, UnusedBody
+
+# Answers up to this size are sent whole, in one write with their headers.
+_WHOLE_BYTES = 64 * 1024
+_WRITE_BYTES = 1024 * 1024
+
+
+class Handler:
+    """The handler of an `aiohttp.web.Server`.
+
+    That server needs `handler_cancellation`, so that a request ends with its connection, and
+    `auto_decompress=False`, since objects are stored as they come. `latency` is in seconds.
+    """
+
+    def __init__(
+        self, api: Api, faults: Faults, lock: threading.RLock, latency: Callable[[], float]
+    ) -> None:
+        self._api = api
+        self._faults = faults
+        self._lock = lock
+        self._latency = latency
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        call = _call(request)
+        fault = self._faults.match(call)
+        with self._lock:
+            receiver = self._receiver(call, fault)
+        is_whole = False
+        try:
+            is_whole = await self._read_body(request, call, receiver, fault)
+        finally:
+            if not is_whole:
+                with self._lock:
+                    receiver.abort()
+                self._faults.log(call, None)
+        if not is_whole:
+            return _drop(request)
+        with self._lock:
+            answer = answer_or_error(call, receiver.answer)
+        is_silent = fault is not None and fault.is_silent
+        self._faults.log(call, None if is_silent else answer.status)
+        seconds = self._latency() + (0 if fault is None else fault.latency)
+        if seconds > 0:
+            await asyncio.sleep(seconds)
+        if fault is None:
+            return await _send(request, answer)
+        return await _send_spoilt(request, answer, fault)
+
+    def _receiver(self, call: Call, fault: Fault | None) -> Receiver:
+        """Where the request's body goes."""
+        if fault is not None and fault.injects_status:
+            return UnusedBody(lambda: _injected(fault))
+        if fault is not None and fault.action == "drop_before" and fault.after_bytes is None:
+            return UnusedBody(lambda: Answer(0))
+        return self._api.receive(call, self._answer_batched)
+
+    async def _read_body(
+        self, request: web.BaseRequest, call: Call, receiver: Receiver, fault: Fault | None
+    ) -> bool:
+        """Hand the body on as it arrives; False when the fault drops the connection here."""
+        drop_at = fault.after_bytes if fault is not None and fault.action == "drop_before" else None
+        if call.headers.get("expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while data := await request.content.readany():
+            if drop_at is not None:
+                data = data[: drop_at - call.body_bytes]
+            call.body_bytes += len(data)
+            with self._lock:
+                receiver.write(data)
+            if call.body_bytes == drop_at:
+                return False
+        return True
+
+    def _answer_batched(self, call: Call) -> Answer:
+        """Answer one call of a batch, where only a fault's status makes sense."""
+        fault = self._faults.match(call)
+        if fault is not None and fault.injects_status:
+            answer = _injected(fault)
+        else:
+            answer = answer_or_error(call, lambda: self._api.answer(call))
+        self._faults.log(call, answer.status)
+        return answer
+
+
+def _call(request: web.BaseRequest) -> Call:
+    headers: dict[str, str] = {}
+    for name, value in request.headers.items():
+        name = name.lower()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return Call(request.method, request.raw_path, headers)
+
+
+def _injected(fault: Fault) -> Answer:
+    status = fault.status or 500
+    return error_answer(ApiError(status, "backendError", f"Injected status {status}"))
+
+
+async def _send(
+    request: web.BaseRequest, answer: Answer, up_to: int | None = None
+) -> web.StreamResponse:
+    """Send an answer, or its headers and the first `up_to` bytes of its body."""
+    if up_to is None and answer.length <= _WHOLE_BYTES:
+        return web.Response(
+            status=answer.status,
+            reason=answer.reason,
+            headers=answer.headers,
+            body=b"".join(answer.pieces),
+        )
+    response = web.StreamResponse(
+        status=answer.status, reason=answer.reason, headers=answer.headers
+    )
+    response.content_length = answer.length
+    try:
+        await response.prepare(request)
+        if request.method != "HEAD":
+            for piece in _writes(answer.pieces, answer.length if up_to is None else up_to):
+                await response.write(piece)
+    except ConnectionError:
+        pass  # the client has gone
+    return response
+
+
+async def _send_spoilt(
+    request: web.BaseRequest, answer: Answer, fault: Fault
+) -> web.StreamResponse:
+    """Send what the fault makes of a good answer."""
+    at = answer.length // 2 if fault.after_bytes is None else fault.after_bytes
+    headers = {**answer.headers, **fault.headers}
+    if fault.is_silent:
+        if fault.action == "stall":
+            await asyncio.Event().wait()  # until the client gives up or the server stops
+        return _drop(request)
+    if fault.action == "bad_hash" and "X-Goog-Hash" in headers:
+        # Hashes of no object that a test would store.
+        headers["X-Goog-Hash"] = "crc32c=/////w==,md5=/////////////////////w=="
+    answer = replace(answer, headers=headers)
+    if fault.action == "corrupt" and answer.status in (200, 206):
+        answer = replace(answer, stream=_flip_bit(answer.pieces, at))
+    if fault.action == "garbage" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 200 OK\r\nno\nheader\r\n\r\n")
+        request.transport.close()
+        return web.Response()
+    if fault.action not in ("truncate", "stall") or at >= answer.length:
+        return await _send(request, answer)
+    response = await _send(request, answer, up_to=at)
+    if fault.action == "stall":
+        await asyncio.Event().wait()
+    if request.transport is not None:
+        request.transport.close()
+    return response
+
+
+def _drop(request: web.BaseRequest) -> web.Response:
+    """Close the connection at once; nothing can be sent any more, so the result is not."""
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response()
+
+
+def _writes(pieces: Iterable[bytes], up_to: int) -> Iterator[bytes]:
+    """The first bytes of a body, in pieces of bounded size."""
+    for piece in pieces:
+        for start in range(0, min(len(piece), up_to), _WRITE_BYTES):
+            yield piece[start : min(start + _WRITE_BYTES, up_to)]
+        up_to -= len(piece)
+        if up_to <= 0:
+            return
+
+
+def _flip_bit(pieces: Iterable[bytes], at: int) -> Iterator[bytes]:
+    for piece in pieces:
+        if 0 <= at < len(piece):
+            yield piece[:at] + bytes([piece[at] ^ 1]) + piece[at + 1 :]
+        else:
+            yield piece
+        at -= len(piece)
