@@ -51,8 +51,8 @@ class Api:
         """Drop unfinished uploads."""
         self._uploads.close()
 
-    def receive(self, call: Call, batched_call: Callable[[Call], Answer]) -> Receiver:
-        """Where the request's body goes. `batched_call` answers the calls of a batch."""
+    def receive(self, call: Call, answer_batched: Callable[[Call], Answer]) -> Receiver:
+        """Where the request's body goes. `answer_batched` answers the calls of a batch."""
         try:
             match call.parts:
                 case ["upload", "storage", "v1", "b", bucket, "o"]:
@@ -60,7 +60,7 @@ class Api:
                     self._access.need_payer(call, bucket)
                     return self._uploads.receive(call, bucket)
                 case ["batch", "storage", "v1"] if call.method == "POST":
-                    return WholeBody(call, lambda: batch_answer(call, batched_call))
+                    return WholeBody(call, lambda: batch_answer(call, answer_batched))
         except ApiError as exc:
             return Refusal(exc)
         return WholeBody(call, lambda: self.answer(call))

@@ -6,36 +6,42 @@ XML API promises (https://cloud.google.com/storage/docs/xml-api/put-object-uploa
 """
 
 import sys
-from typing import Any
-from urllib.parse import quote, unquote
+from collections.abc import Callable
+from urllib.parse import unquote
 
-from keras_remote_airflow.testing import http
+from keras_remote_airflow.testing import server
 from keras_remote_airflow.testing.__main__ import main
 from keras_remote_airflow.testing.api import Api
-
-_parse_head = http.parse_head
-_serve = Api.serve
-
-
-def _parse_xml_head(head: bytes) -> http.HttpRequest:
-    request = _parse_head(head)
-    if request.method == "PUT" and not request.path.startswith(("/upload/", "/storage/")):
-        _, bucket, name = request.path.split("/", 2)
-        request.method = "POST"
-        request.path = f"/upload/storage/v1/b/{quote(bucket)}/o"
-        request.query = {"uploadType": "media", "name": unquote(name), "xml": "1"}
-    return request
+from keras_remote_airflow.testing.calls import Answer, Call
+from keras_remote_airflow.testing.receivers import Receiver
 
 
-def _serve_xml(self: Api, request: http.HttpRequest, batch_call: Any) -> http.Response:
-    response = _serve(self, request, batch_call)
-    if "xml" in request.query:
-        response.headers = {**response.headers, "ETag": '"1"', "x-goog-generation": "1"}
-        response.body = b""
-    return response
+class XmlUpload:
+    """Takes the body of an XML upload."""
+
+    def __init__(self, media: Receiver) -> None:
+        self._media = media
+        self.write = media.write
+        self.abort = media.abort
+
+    def answer(self) -> Answer:
+        self._media.answer()
+        return Answer(200, {"ETag": '"1"', "x-goog-generation": "1"})
+
+
+class XmlApi(Api):
+    """The JSON API, and the XML API's uploads."""
+
+    def receive(self, call: Call, answer_batched: Callable[[Call], Answer]) -> Receiver:
+        if call.method != "PUT" or call.path.startswith(("/upload/", "/storage/")):
+            return super().receive(call, answer_batched)
+        _, bucket, name = call.path.split("/", 2)
+        call.method = "POST"
+        call.path = f"/upload/storage/v1/b/{bucket}/o"
+        call.query = {"uploadType": "media", "name": unquote(name)}
+        return XmlUpload(super().receive(call, answer_batched))
 
 
 if __name__ == "__main__":
-    http.parse_head = _parse_xml_head
-    Api.serve = _serve_xml  # type: ignore[method-assign]
+    server.Api = XmlApi  # type: ignore[misc]
     sys.exit(main())

@@ -479,3 +479,14 @@ def test_malformed_custom_metadata_is_400(call: Any, metadata: Any) -> None:
 def test_compose_of_nonsense_is_refused(call: Any, sources: Any) -> None:
     answer = call("POST", "/storage/v1/b/demo/o/x/compose", {"sourceObjects": sources})
     assert answer.status in (400, 404)
+
+
+def test_dialects_of_clients_are_understood(call: Any) -> None:
+    for name in ("a/", "a/b"):
+        call.media(name, b"")
+    # google-cloud-storage writes booleans as Python does.
+    listing = "/storage/v1/b/demo/o?delimiter=/&includeTrailingDelimiter=True"
+    assert [item["name"] for item in call("GET", listing).json["items"]] == ["a/"]
+    zipped = call.media("z", b"", "&contentEncoding=gzip").json
+    assert zipped["contentEncoding"] == "gzip"
+    assert call("POST", "/storage/v1/b/demo/o/z/rewriteTo/b/demo/o/y", b"null").json["done"]

@@ -149,6 +149,16 @@ def test_preconditions_hold_at_the_beginning_and_at_the_end(call: Any) -> None:
     assert call.download("big").body == b"somebody else was faster"
 
 
+def test_dialects_of_clients_are_understood(call: Any) -> None:
+    session = begin(call)
+    # Clients in Go ask for 200 instead of 308.
+    status = put(call, session, bytes(CHUNK), f"bytes 0-{CHUNK - 1}/*", x_guploader_no_308="yes")
+    assert (status.status, status.headers["x-http-status-code-override"]) == (200, "308")
+    assert status.headers["range"] == f"bytes=0-{CHUNK - 1}"
+    # Node sends the rest of an object without saying how much it is.
+    assert put(call, session, b"rest", f"bytes {CHUNK}-*/*").json["size"] == str(CHUNK + 4)
+
+
 def test_a_cancelled_session_is_gone(call: Any) -> None:
     session = begin(call)
     assert call("DELETE", session).status == 499
