@@ -27,12 +27,11 @@ _RAISERS = {name for name in vars(errors) if name.endswith("Error")} | {
     "warning",
 }
 
-# What a message is put together of in another place than where it is raised.
-_WHOLE = {
-    "… within … s": [  # CacheSensor, of what its trigger or resume_execution says
-        "… did not appear within … s",
-        "no triggerer answered: check that one is running, or pass deferrable=False. The dataset "
-        "did not appear within … s",
+# Texts that end a message and stand in another place than where it is raised.
+ENDINGS = {
+    "Waited … s: …": [  # CacheSensor: what its trigger or resume_execution says
+        "no dataset appeared at …",
+        "no triggerer answered; check that one is running, or pass deferrable=False",
     ]
 }
 
@@ -50,7 +49,9 @@ def read_messages() -> dict[str, str]:
                     text = re.sub(r"%[\d.]*[sdfr]", "…", text)  # what a logger fills in
                     if text.strip("… .:"):
                         where = f"{path.relative_to(ROOT.parent)}:{node.lineno}"
-                        found |= dict.fromkeys(_WHOLE.get(text, [text]), where)
+                        endings = ENDINGS.get(text, ["…"])
+                        whole = [text.removesuffix("…") + ending for ending in endings]
+                        found |= dict.fromkeys(whole if text in ENDINGS else [text], where)
     return found
 
 

@@ -35,7 +35,7 @@ from keras_remote_airflow.core import errors
 from keras_remote_airflow.core.cloud.retry import REMEDIES
 from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey, parse_marker
 
-from .messages import read_messages, read_texts
+from .messages import ENDINGS, read_messages, read_texts
 from .pages import PAGES, REPOSITORY, anchor, read_blocks, read_commands, read_headings, read_prose
 
 LANGUAGES = {"python", "console", "json", "shell", "text"}
@@ -405,6 +405,11 @@ def test_what_is_quoted_in_a_list_is_said_by_the_code():
     for quote in quoted:
         pattern = r".*".join(map(re.escape, quote.split("…")))
         assert any(re.search(pattern, text) for text in texts), quote
+
+
+def test_endings_of_messages_are_said_by_the_code():
+    texts = read_texts()
+    assert [e for endings in ENDINGS.values() for e in endings if e not in texts] == []
 
 
 def test_every_status_with_a_remedy_has_a_section():
