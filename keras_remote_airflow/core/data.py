@@ -46,9 +46,7 @@ class Data:
         if not os.path.lexists(self._path):
             hint = "Check the path, and that this machine is the one that has the data."
             if _URI_LIKE.match(path):
-                hint = (
-                    "If it is meant as a URI, write gs://bucket/name: no other is understood."
-                )
+                hint = "If it is meant as a URI, write gs://bucket/name: no other is understood."
             raise DataNotFoundError(
                 f"data path does not exist: {path} (resolved to {self._path}). {hint}"
             )
