@@ -80,20 +80,22 @@ def ours(job: Job) -> Actions:
     from keras_remote_airflow import Data, make_data_ref, materialize
 
     # A first import is no part of what is measured.
-    from keras_remote_airflow.core.cloud import gcs; from keras_remote_airflow.core.datasets import upload; from keras_remote_airflow.core.disk import hashing  # noqa: F401
+    from keras_remote_airflow.core.cloud import gcs  # noqa: F401
+    from keras_remote_airflow.core.datasets import upload as uploading
+    from keras_remote_airflow.core.disk import hashing  # noqa: F401
 
     client = storage.Client(project=PROJECT)
     index = {"hash_index": os.path.join(job.scratch, "index")}
 
     def upload(**options: Any) -> str:
-        return cache.upload_data(BUCKET, Data(job.path), client=client, **options)
+        return uploading.upload_data(BUCKET, Data(job.path), client=client, **options)
 
     def fetch() -> None:
         ref = make_data_ref(job.uri, job.is_dir)
         materialize(ref, os.path.join(job.scratch, "out"), client=client)
 
     def plan(**options: Any) -> str:
-        cache.open_bucket = _open_insatiable  # type: ignore[assignment]
+        uploading.open_bucket = _open_insatiable  # type: ignore[assignment]
         return upload(**options)
 
     return {
