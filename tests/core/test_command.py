@@ -93,6 +93,15 @@ def test_one_argument_alone_that_is_spelled_as_a_path_is_the_destination(
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'dest'}\n"), done.stderr
 
 
+def test_user_project_is_billed_for_every_request(tree, gcs_server, tmp_path):
+    gcs_server.create_bucket("requester-pays", requester_pays=True)
+    uri = upload_data("requester-pays", str(tree(FILES)), user_project="payer")
+    gcs_server.clear_requests()
+    done = get(uri, "--dir", tmp_path / "dest", "--user-project", "payer")
+    assert done.returncode == 0, done.stderr
+    assert {request.query.get("userProject") for request in gcs_server.requests} == {"payer"}
+
+
 def test_without_arguments_the_ref_of_the_environment_decides(ref, tmp_path):
     done = get(ref=json.dumps(ref | {"mount_path": str(tmp_path / "mount")}))
     assert done.stdout == f"{tmp_path / 'mount'}\n", done.stderr

@@ -1,12 +1,20 @@
-"""The project comes from one place, in one order."""
+"""Which project is asked, and which one pays."""
 
 from pathlib import Path
 
 import pytest
 
 import keras_remote_airflow
-from keras_remote_airflow import get_default_project
+from keras_remote_airflow import (
+    find,
+    get_default_project,
+    make_data_ref,
+    materialize,
+    upload,
+    upload_data,
+)
 from keras_remote_airflow.core.cloud.bucket import resolve_project
+from keras_remote_airflow.core.errors import StoreError
 
 VARIABLES = ("KERAS_REMOTE_PROJECT", "GOOGLE_CLOUD_PROJECT")
 
@@ -46,3 +54,19 @@ def test_only_one_module_reads_the_variables():
         if any(f"{quote}{name}{quote}" in path.read_text() for quote in "\"'")
     }
     assert readers == {"core/cloud/bucket.py"}
+
+
+def test_user_project_is_billed_for_every_request(tree, gcs_server, tmp_path):
+    gcs_server.create_bucket("requester-pays", requester_pays=True)
+    path, dest = str(tree({"a": "1", "sub/b": "2"})), str(tmp_path / "copy")
+    with pytest.raises(StoreError, match="requester pays") as refused:
+        upload("requester-pays", path)
+    assert (refused.value.status, refused.value.transient) == (400, False)
+
+    gcs_server.clear_requests()
+    result = upload("requester-pays", path, user_project="payer")
+    assert upload_data("requester-pays", path, user_project="payer") == result.gcs_uri
+    assert find("requester-pays", result.content_hash, user_project="payer")
+    ref = make_data_ref(result.gcs_uri, True)
+    assert materialize(ref, dest, user_project="payer") == dest
+    assert {request.query.get("userProject") for request in gcs_server.requests} == {"payer"}
