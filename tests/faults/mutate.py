@@ -86,8 +86,8 @@ MUTATIONS = {
     ),
     "leftovers not swept": (
         "core/disk/destination.py",
-        "            for name in os.listdir(directory):\n",
-        "            for name in ():\n",
+        "        for name in os.listdir(directory):\n",
+        "        for name in ():\n",
         "test_read_back.py",
     ),
     "no lock": (
@@ -128,14 +128,20 @@ MUTATIONS = {
     ),
     "hash index trusted too soon": (
         "core/disk/index.py",
-        "            if max(file.mtime_ns, ctime) < settled:\n",
-        "            if True:\n",
+        " if max(row[0].mtime_ns, row[1]) < self._settled_ns)",
+        ")",
         "../core/test_index.py",
     ),
     "hash index blind for ctime": (
         "core/disk/index.py",
-        "            and ctimes[index] == state.st_ctime_ns\n",
-        "",
+        "s.st_mtime_ns, s.st_ctime_ns, ",
+        "s.st_mtime_ns, s.st_mtime_ns, ",
+        "../core/test_index.py",
+    ),
+    "hash index blind for damage": (
+        "core/disk/index.py",
+        "        if _crc32c(columns) != crc32c:\n",
+        "        if False:\n",
         "../core/test_index.py",
     ),
     "uploaders in step": (
