@@ -138,14 +138,14 @@ def test_the_environment_is_not_asked_when_a_ref_is_passed(get, ref, tmp_path):
 @pytest.mark.parametrize(
     ("args", "fact"),
     [
-        ((), "no data ref: pass one, or set KERAS_REMOTE_DATA_REF"),
-        (("-",), "no data ref"),
-        (("{}",), "not a data ref"),
-        (("no\nJSON",), "not a data ref"),
-        (("gs://test-bucket/raw",), "pass --dir or --file"),
-        (("gs://UPPER/raw/",), "invalid bucket name"),
-        (('{"__data_ref__": true}', "--dir"), "are for gs:// URIs"),
-        (('{"__data_ref__": true, "gcs_uri": "gs://abc"}',), "is_dir is not true or false"),
+        ((), "KERAS_REMOTE_DATA_REF"),
+        (("-",), "KERAS_REMOTE_DATA_REF"),
+        (("{}",), "{}"),
+        (("no\nJSON",), r"'no\nJSON'"),
+        (("gs://test-bucket/raw",), "gs://test-bucket/raw"),
+        (("gs://UPPER/raw/",), "'UPPER'"),
+        (('{"__data_ref__": true}', "--dir"), "--dir"),
+        (('{"__data_ref__": true, "gcs_uri": "gs://abc"}',), "is_dir"),
     ],
     ids=str,
 )
@@ -197,7 +197,7 @@ def test_wrong_bytes_are_exit_code_1(get, ref, gcs_server, tmp_path):
     done = get(json.dumps(ref), tmp_path / "dest")
     assert (done.returncode, done.stdout) == (1, "")
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: {ref['gcs_uri']} is not what its ref names")
+    assert last.startswith(f"error: {ref['gcs_uri']} ")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "dest").exists()
 
@@ -218,5 +218,6 @@ def test_no_credentials_are_exit_code_1(monkeypatch, tmp_path):
     done = get_in_a_process("gs://test-bucket/raw/")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: no Google Cloud credentials: Your default"), done.stderr
+    assert last.startswith("error: "), done.stderr
+    assert "credentials" in last
     assert "Traceback" not in done.stderr

@@ -19,9 +19,9 @@ REPOSITORY = Path(__file__).parents[2]
 MUTATIONS = {
     "marker first": (
         "core/datasets/upload.py",
-        "    missing = _missing_from_anywhere(store, key, snapshot)\n    _log",
+        "    missing = _missing_from_a_random_one_on(store, key, snapshot)\n    _log",
         "    store.create(key.marker_name, b'')\n"
-        "    missing = _missing_from_anywhere(store, key, snapshot)\n    _log",
+        "    missing = _missing_from_a_random_one_on(store, key, snapshot)\n    _log",
         "test_crash.py::test_killed_after_each_request",
     ),
     "no precondition": (
@@ -56,32 +56,32 @@ MUTATIONS = {
     ),
     "hit without a listing": (
         "core/datasets/lookup.py",
-        "    if problem:\n        _log.warning",
+        "    if shortfall:\n        _log.warning",
         "    if False:\n        _log.warning",
         "test_hit.py",
     ),
     "marker's body not read": (
         "core/datasets/lookup.py",
-        "    receipt = parse_marker(body, key)\n    if snapshot",
-        "    receipt = None\n    if snapshot",
+        "    receipt = parse_marker(body, key)\n    only",
+        "    receipt = None\n    only",
         "test_hit.py",
     ),
     "everything sent again": (
         "core/datasets/upload.py",
-        '    missing = array("Q", missing_files(store, key, snapshot, only_first_page=False))\n',
+        '    missing = array("Q", missing_files(store, key, snapshot))\n',
         '    missing = array("Q", range(len(snapshot)))\n',
         "test_crash.py",
     ),
     "download not verified": (
         "core/datasets/materialize.py",
-        "        problem = source.problem(take_snapshot(whole, expected=downloaded))\n",
-        "        problem = None\n",
+        "        problem = source.problem(",
+        "        problem = None and source.problem(",
         "test_read_back.py",
     ),
     "unsafe names taken": (
         "core/layout.py",
-        "    if _UNSAFE_PATH.search(path):",
-        "    if False:",
+        "    if not is_unsafe and longest",
+        "    if longest",
         "test_read_back.py",
     ),
     "leftovers not swept": (
@@ -146,7 +146,7 @@ MUTATIONS = {
     ),
     "uploaders in step": (
         "core/datasets/upload.py",
-        "        if found_there > len(snapshot) // _PAGE:",
+        "        if found_there > len(snapshot) // _PAGE_OBJECTS:",
         "        if False:",
         "test_many.py",
     ),
