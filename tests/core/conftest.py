@@ -1,5 +1,6 @@
 """What the tests of core share: trees on disk, a bucket seen from outside, a look at the writes."""
 
+import fcntl
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 
 from keras_remote_airflow.testing import Request, StorageServer
+
+needs_flock = pytest.mark.skipif(not hasattr(fcntl, "flock"), reason="this system has no flock")
 
 
 @pytest.fixture

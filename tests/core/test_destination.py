@@ -18,7 +18,7 @@ from keras_remote_airflow.core.disk.destination import (
 )
 from keras_remote_airflow.core.errors import InvalidInputError
 
-needs_flock = pytest.mark.skipif(not hasattr(fcntl, "flock"), reason="this system has no flock")
+from .conftest import needs_flock
 
 
 @pytest.fixture

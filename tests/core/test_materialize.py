@@ -21,7 +21,7 @@ from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, 
 from keras_remote_airflow.core.layout import CacheKey, get_layout
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref
 
-from .conftest import on_disk, writes
+from .conftest import needs_flock, on_disk, writes
 from .memory_store import MemoryStore
 
 FILES = {"train.csv": "t", "sub/eval.csv": "e", "sub/deeper/é.bin": "b" * 300_000}
@@ -267,6 +267,7 @@ def test_dataset_under_both_layouts_is_the_same_dataset(tree, gcs_bucket, tmp_pa
             assert os.path.isdir(got) is is_dir
 
 
+@needs_flock
 def test_leftovers_of_a_killed_attempt_are_swept(directory, single, tmp_path):
     for partial in (partial_name("out"), f"one/{partial_name('config.json')}"):
         (tmp_path / partial / "sub").mkdir(parents=True)
