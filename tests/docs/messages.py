@@ -20,6 +20,7 @@ _RAISERS = {name for name in vars(errors) if name.endswith("Error")} | {
     "AirflowFailException",
     "AirflowSensorTimeout",
     "AirflowSkipException",
+    "BlockingIOError",
     "ImportError",
     "RefusedError",
     "SystemExit",
@@ -45,7 +46,9 @@ def read_messages() -> dict[str, str]:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and node.args and _name(node.func) in _RAISERS:
-                for text in _texts(node.args[0]):
+                # Errors of the system have their number first.
+                message = node.args[1 if _name(node.func) == "BlockingIOError" else 0]
+                for text in _texts(message):
                     text = re.sub(r"%[\d.]*[sdfr]", "…", text)  # what a logger fills in
                     if text.strip("… .:"):
                         where = f"{path.relative_to(ROOT.parent)}:{node.lineno}"
