@@ -148,26 +148,13 @@ assert not [path for path in opened if "special" in str(path)], opened
         assert done.returncode == 0, done.stderr
 
 
+# What of a directory is locked, with which mode, and what the error must name.
 UNREADABLE = {
-    "file": ("secret.csv", lambda root: (root / "secret.csv").chmod(0)),
-    "folder": ("locked", lambda root: (root / "locked").chmod(0)),
-    "folder without search": ("locked", lambda root: (root / "locked").chmod(0o400)),
+    "file": ("secret.csv", 0),
+    "folder": ("locked", 0),
+    "folder without search": ("locked", 0o400),
 }
-
-
-@pytest.mark.parametrize("case", UNREADABLE)
-def test_unreadable_content_is_named_and_nothing_is_written(case, gcs_server, gcs_bucket):
-    named, lock = UNREADABLE[case]
-    # Not tmp_path, which only its owner can enter; and as nobody, since root may read everything.
-    base = Path(tempfile.mkdtemp())
-    try:
-        base.chmod(0o755)
-        root = base / "data"
-        (root / "locked").mkdir(parents=True)
-        for name in ("a.csv", "secret.csv", "locked/b.csv"):
-            (root / name).write_text("x")
-        lock(root)
-        script = """
+UPLOAD_AS_NOBODY = """
 import os, sys
 from google.cloud import storage
 from keras_remote_airflow.core.datasets.upload import upload
@@ -177,24 +164,45 @@ if os.getuid() == 0:  # after which Python's own files may be out of reach
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
-try:
-    upload(sys.argv[1], sys.argv[2])
-except InvalidInputError as exc:
-    print(exc)
+for path in sys.argv[2:]:
+    try:
+        upload(sys.argv[1], path)
+    except InvalidInputError as exc:
+        print(exc)
 """
+
+
+def test_unreadable_content_is_named_and_nothing_is_written(gcs_server, gcs_bucket):
+    # Not in tmp_path, which only its owner can enter; and as nobody: root may read everything.
+    base = Path(tempfile.mkdtemp())
+    try:
+        base.chmod(0o755)
+        for case, (locked, mode) in UNREADABLE.items():
+            (base / case / "locked").mkdir(parents=True)
+            for name in ("a.csv", "secret.csv", "locked/b.csv"):
+                (base / case / name).write_text("x")
+            (base / case / locked).chmod(mode)
         done = subprocess.run(
-            [sys.executable, "-c", script, gcs_bucket, str(root)],
+            [
+                sys.executable,
+                "-c",
+                UPLOAD_AS_NOBODY,
+                gcs_bucket,
+                *(str(base / c) for c in UNREADABLE),
+            ],
             capture_output=True,
             text=True,
             timeout=30,
         )
         assert done.returncode == 0, done.stderr
-        assert f"{root}/{named}" in done.stdout
-        assert "permission denied" in done.stdout
+        errors = done.stdout.splitlines()
+        assert len(errors) == len(UNREADABLE)
+        for error, (case, (locked, _)) in zip(errors, UNREADABLE.items(), strict=True):
+            assert f"{base / case / locked}" in error
         assert gcs_server.requests == []
     finally:
-        for folder in (base / "data", base / "data" / "locked"):
-            folder.chmod(0o700)
+        for case in UNREADABLE:
+            (base / case / "locked").chmod(0o700)
         shutil.rmtree(base)
 
 

@@ -4,7 +4,6 @@ import ast
 import subprocess
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -50,11 +49,13 @@ def imported_for_type_checkers() -> dict[str, str]:
 
 
 def test_every_public_name_is_what_type_checkers_take_it_for():
-    homes = imported_for_type_checkers()
-    assert {*homes, "__version__"} == set(keras_remote_airflow.__all__)
-    for name, home in homes.items():
-        if ".core." in home or find_spec("airflow"):
-            assert getattr(keras_remote_airflow, name) is getattr(import_module(home), name), name
+    seen = imported_for_type_checkers()
+    assert {*seen, "__version__"} == set(keras_remote_airflow.__all__)
+    prefix = f"{keras_remote_airflow.__name__}."
+    assert {name: prefix + home for name, home in keras_remote_airflow._HOME.items()} == seen
+    for name, home in seen.items():
+        if home.startswith(f"{prefix}core."):  # the others would import Airflow
+            assert getattr(keras_remote_airflow, name) is getattr(import_module(home), name)
 
 
 def test_public_names_are_listed_in_order():
