@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable
 from email.utils import formatdate
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -17,12 +18,11 @@ from . import listing
 from .access import Access
 from .batch import batch_answer
 from .buckets import Buckets
-from .calls import Answer, Call, error_answer, json_answer
+from .calls import Answer, Call, Receiver, error_answer, json_answer
 from .errors import ApiError, RangeError, invalid, not_found
 from .hashes import hash_header
 from .objects import SETTABLE, NewObject, Preconditions, StoredObject, changed_fields, check_name
-from .receivers import Receiver, Refusal, WholeBody
-from .resources import bucket_resource, object_resource
+from .resources import bucket_resource, object_answer, object_resource
 from .unsupported import bucket_settings, refuse_object_settings, refuse_parameters, refuse_path
 from .uploads import Uploads
 
@@ -60,10 +60,10 @@ class Api:
                     self._access.need_payer(call, bucket)
                     return self._uploads.receive(call, bucket)
                 case ["batch", "storage", "v1"] if call.method == "POST":
-                    return WholeBody(call, lambda: batch_answer(call, answer_batched))
+                    return Receiver(lambda: batch_answer(call, answer_batched), call.body.extend)
         except ApiError as exc:
-            return Refusal(exc)
-        return WholeBody(call, lambda: self.answer(call))
+            return Receiver(partial(error_answer, exc))
+        return Receiver(lambda: self.answer(call), call.body.extend)
 
     def answer(self, call: Call) -> Answer:
         """Answer a request whose body is in `call.body`. May raise ApiError."""
@@ -249,8 +249,7 @@ class Api:
         )
 
     def _resource(self, call: Call, stored: StoredObject) -> Answer:
-        bucket = self._buckets[stored.bucket]
-        return json_answer(call, object_resource(stored, bucket, call.base_url))
+        return object_answer(call, stored, self._buckets[stored.bucket])
 
     # Making objects of others.
 

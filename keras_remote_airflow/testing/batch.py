@@ -59,4 +59,4 @@ def _call(part: Message, host: str) -> Call:
     headers = {"host": host} | {name.lower(): str(value) for name, value in inner.items()}
     body = inner.get_payload(decode=True)
     body = body.rstrip() if isinstance(body, bytes) else b""
-    return Call(words[0], words[1], headers, body, len(body))
+    return Call(words[0], words[1], headers, bytearray(body), len(body))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import InitVar, dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -23,14 +23,14 @@ class Call:
     """One request, from a connection or from a batch; header names are in lower case.
 
     `path` is still percent-encoded: an object name may contain `%2F`, so the path must be split
-    at its slashes before it is decoded. `body` is empty for uploads, which go to a `Receiver`.
-    `object_name` is filled in for the log once it is known.
+    at its slashes before it is decoded. `body` stays empty for uploads. `object_name` is filled
+    in for the log once it is known.
     """
 
     method: str
     target: InitVar[str]
     headers: dict[str, str]
-    body: bytes = b""
+    body: bytearray = field(default_factory=bytearray)
     body_bytes: int = 0
     object_name: str | None = None
     path: str = field(init=False)
@@ -121,7 +121,24 @@ class Answer:
         return (self.body,) if self.stream is None else self.stream
 
 
-def parse_json(data: bytes) -> dict[str, Any]:
+def _ignore(*_: object) -> None:
+    """Do nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """Where the body of one request goes as it arrives, and how the request is answered then.
+
+    `abort` is called when the rest of the body will not come. `answer` may raise ApiError. By
+    default the body is dropped.
+    """
+
+    answer: Callable[[], Answer]
+    write: Callable[[bytes], object] = _ignore
+    abort: Callable[[], object] = _ignore
+
+
+def parse_json(data: bytes | bytearray) -> dict[str, Any]:
     """A JSON object; nothing and `null` count as an empty one."""
     if not data.strip():
         return {}

@@ -16,10 +16,9 @@ from dataclasses import replace
 from aiohttp import web
 
 from .api import Api, answer_or_error
-from .calls import Answer, Call, error_answer
+from .calls import Answer, Call, Receiver, error_answer
 from .errors import ApiError
 from .faults import Fault, Faults
-from .receivers import Receiver, UnusedBody
 
 # Answers up to this size are sent whole, in one write with their headers.
 _WHOLE_BYTES = 64 * 1024
@@ -70,9 +69,9 @@ class Handler:
     def _receiver(self, call: Call, fault: Fault | None) -> Receiver:
         """Where the request's body goes."""
         if fault is not None and fault.injects_status:
-            return UnusedBody(lambda: _injected(fault))
+            return Receiver(lambda: _injected(fault))
         if fault is not None and fault.action == "drop_before" and fault.after_bytes is None:
-            return UnusedBody(lambda: Answer(0))
+            return Receiver(lambda: Answer(0))
         return self._api.receive(call, self._answer_batched)
 
     async def _read_body(
@@ -104,10 +103,9 @@ class Handler:
 
 
 def _call(request: web.BaseRequest) -> Call:
-    headers: dict[str, str] = {}
-    for name, value in request.headers.items():
-        name = name.lower()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    headers = {name.lower(): value for name, value in request.headers.items()}
+    if len(headers) < len(request.headers):  # some came more than once
+        headers = {name: ", ".join(request.headers.getall(name)) for name in headers}
     return Call(request.method, request.raw_path, headers)
 
 

@@ -77,58 +77,50 @@ class StoredObject:
 class Preconditions:
     """https://cloud.google.com/storage/docs/request-preconditions"""
 
-    generation_match: int | None = None
-    generation_not_match: int | None = None
-    metageneration_match: int | None = None
-    metageneration_not_match: int | None = None
+    generation: int | None = None
+    not_generation: int | None = None
+    metageneration: int | None = None
+    not_metageneration: int | None = None
 
     @classmethod
     def from_query(cls, query: Mapping[str, Any], prefix: str = "if") -> Preconditions:
         """Read `ifGenerationMatch` and its kin; `prefix` may be "ifSource"."""
-
-        def number(name: str) -> int | None:
-            text = query.get(prefix + name)
-            if text is None:
-                return None
-            if not (str(text).isascii() and str(text).isdigit()):
-                raise invalid(f"Invalid value for {prefix}{name}: {text!r}")
-            return int(text)
-
-        return cls(
-            number("GenerationMatch"),
-            number("GenerationNotMatch"),
-            number("MetagenerationMatch"),
-            number("MetagenerationNotMatch"),
-        )
+        numbers = {}
+        for parameter, name in _PARAMETERS.items():
+            text = query.get(prefix + parameter)
+            if text is not None:
+                if not (str(text).isascii() and str(text).isdigit()):
+                    raise invalid(f"Invalid value for {prefix}{parameter}: {text!r}")
+                numbers[name] = int(text)
+        return cls(**numbers) if numbers else NO_PRECONDITIONS
 
     def check(self, current: Any, *, reading: bool = False) -> None:
         """Raise 412 unless they hold for a bucket, an object or None, which has generation 0.
 
         On reads the "not match" kind raises 304.
         """
-        if self == NO_PRECONDITIONS:
+        if self is NO_PRECONDITIONS:
             return
         generation = getattr(current, "generation", 0)
         metageneration = getattr(current, "metageneration", 0)
-        if (self.generation_match not in (None, generation)) or (
-            self.metageneration_match not in (None, metageneration)
-        ):
-            raise _condition_not_met()
-        if generation == self.generation_not_match or (
-            metageneration == self.metageneration_not_match
-        ):
-            raise ApiError(304, "notModified", "Not Modified") if reading else _condition_not_met()
+        differs = self.generation not in (None, generation) or (
+            self.metageneration not in (None, metageneration)
+        )
+        is_same = generation == self.not_generation or metageneration == self.not_metageneration
+        if is_same and reading and not differs:
+            raise ApiError(304, "notModified", "Not Modified")
+        if is_same or differs:
+            message = "At least one of the pre-conditions you specified did not hold."
+            raise ApiError(412, "conditionNotMet", message)
 
 
 NO_PRECONDITIONS = Preconditions()
-
-
-def _condition_not_met() -> ApiError:
-    return ApiError(
-        412,
-        "conditionNotMet",
-        "At least one of the pre-conditions you specified did not hold.",
-    )
+_PARAMETERS = {
+    "GenerationMatch": "generation",
+    "GenerationNotMatch": "not_generation",
+    "MetagenerationMatch": "metageneration",
+    "MetagenerationNotMatch": "not_metageneration",
+}
 
 
 @dataclass(frozen=True, slots=True)

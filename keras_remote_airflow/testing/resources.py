@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .buckets import Bucket
+from .calls import Answer, Call, json_answer
 from .objects import StoredObject
 
 
@@ -67,6 +68,12 @@ def object_resource(
         resource["retentionExpirationTime"] = timestamp(until)
     resource.update(stored.settings)
     return resource
+
+
+def object_answer(call: Call, stored: StoredObject, bucket: Bucket) -> Answer:
+    """200 with the object's resource, or with what the call's `fields` select of it."""
+    wanted = frozenset(call.field_tree) or None
+    return json_answer(call, object_resource(stored, bucket, call.base_url, wanted))
 
 
 _CHEAP: dict[str, Callable[[StoredObject], Any]] = {

@@ -109,6 +109,7 @@ class SessionWrite:
         return False
 
 
+@dataclass(slots=True)
 class UploadSession:
     """One upload: the bytes persisted so far, and what is to become of them.
 
@@ -116,21 +117,13 @@ class UploadSession:
     end. `finished` is the answer to the last PUT, for clients that ask again.
     """
 
-    def __init__(
-        self,
-        bucket: str,
-        new: NewObject,
-        query: Mapping[str, str],
-        spool: Spool,
-        declared_size: int | None,
-    ) -> None:
-        self.bucket = bucket
-        self.new = new
-        self.query = query
-        self.spool = spool
-        self.declared_size = declared_size
-        self.transfer: SessionWrite | None = None
-        self.finished: Answer | None = None
+    bucket: str
+    new: NewObject
+    query: Mapping[str, str]
+    spool: Spool
+    declared_size: int | None
+    transfer: SessionWrite | None = None
+    finished: Answer | None = None
 
     @property
     def persisted(self) -> int:

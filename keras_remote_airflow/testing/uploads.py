@@ -12,13 +12,12 @@ from urllib.parse import quote, urlencode
 from .access import Access
 from .bodies import Spool
 from .buckets import Buckets
-from .calls import Answer, Call, json_answer, parse_json
+from .calls import Answer, Call, Receiver, parse_json
 from .errors import ApiError, invalid, not_found
 from .hashes import declared_hashes
 from .multipart import RelatedReader, boundary_of
 from .objects import NewObject, Preconditions
-from .receivers import Receiver, UnusedBody, WholeBody
-from .resources import object_resource
+from .resources import object_answer
 from .resumable import ContentRange, SessionWrite, UploadSession
 from .unsupported import refuse_object_settings
 
@@ -44,9 +43,10 @@ class Uploads:
         upload_type = call.query.get("uploadType")
         if call.method in ("POST", "PUT"):
             if upload_type == "resumable":
-                return WholeBody(call, lambda: self._start_session(call, bucket))
+                return Receiver(lambda: self._start_session(call, bucket), call.body.extend)
             if upload_type in ("media", "multipart"):
-                return _MediaUpload(self, call, bucket)
+                media = _MediaUpload(self, call, bucket)
+                return Receiver(media.answer, media.write, media.abort)
         raise invalid(f"Invalid upload request: {call.method} with uploadType {upload_type!r}")
 
     def open(self, call: Call, bucket: str, new: NewObject) -> Spool:
@@ -65,7 +65,7 @@ class Uploads:
         except ApiError:
             spool.discard()
             raise
-        return json_answer(call, object_resource(stored, self._buckets[bucket], call.base_url))
+        return object_answer(call, stored, self._buckets[bucket])
 
     # Sessions.
 
@@ -100,15 +100,15 @@ class Uploads:
             raise not_found("No such upload session; start a new one.")
         call.object_name = session.new.name
         if call.method == "DELETE":
-            return UnusedBody(lambda: self._cancel_session(call))
+            return Receiver(lambda: self._cancel_session(call))
         if call.method not in ("PUT", "POST"):  # gcsfs sends its chunks with POST
             raise ApiError(405, "methodNotAllowed", f"{call.method} is not supported here.")
         if session.finished is not None:
             finished = session.finished
-            return UnusedBody(lambda: finished)
+            return Receiver(lambda: finished)
         header = call.headers.get("content-range")
         part = session.begin(None if header is None else ContentRange.parse(header))
-        return _SessionPut(self, call, session, part)
+        return Receiver(lambda: self._put(call, session, part), part.write, part.abort)
 
     def _cancel_session(self, call: Call) -> Answer:
         """https://cloud.google.com/storage/docs/performing-resumable-uploads#cancel-upload"""
@@ -117,7 +117,7 @@ class Uploads:
             session.discard()
         return Answer(499)
 
-    def put_session(self, call: Call, session: UploadSession, part: SessionWrite) -> Answer:
+    def _put(self, call: Call, session: UploadSession, part: SessionWrite) -> Answer:
         """The body of a PUT to a session is whole."""
         if not part.end(call.body_bytes):
             return session.status(call.headers)
@@ -132,23 +132,6 @@ class Uploads:
             raise
         session.finish(answer)
         return answer
-
-
-class _SessionPut:
-    """The body of one PUT to a session."""
-
-    def __init__(
-        self, uploads: Uploads, call: Call, session: UploadSession, part: SessionWrite
-    ) -> None:
-        self._uploads = uploads
-        self._call = call
-        self._session = session
-        self._part = part
-        self.write = part.write
-        self.abort = part.abort
-
-    def answer(self) -> Answer:
-        return self._uploads.put_session(self._call, self._session, self._part)
 
 
 class _MediaUpload:
@@ -203,7 +186,7 @@ class _MediaUpload:
         return self._spool
 
 
-def _new_object(call: Call, metadata: bytes) -> NewObject:
+def _new_object(call: Call, metadata: bytes | bytearray) -> NewObject:
     """What the metadata of an upload says, as JSON, and its query."""
     resource = parse_json(metadata)
     refuse_object_settings(resource)

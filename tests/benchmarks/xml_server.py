@@ -12,21 +12,7 @@ from urllib.parse import unquote
 from keras_remote_airflow.testing import server
 from keras_remote_airflow.testing.__main__ import main
 from keras_remote_airflow.testing.api import Api
-from keras_remote_airflow.testing.calls import Answer, Call
-from keras_remote_airflow.testing.receivers import Receiver
-
-
-class XmlUpload:
-    """Takes the body of an XML upload."""
-
-    def __init__(self, media: Receiver) -> None:
-        self._media = media
-        self.write = media.write
-        self.abort = media.abort
-
-    def answer(self) -> Answer:
-        self._media.answer()
-        return Answer(200, {"ETag": '"1"', "x-goog-generation": "1"})
+from keras_remote_airflow.testing.calls import Answer, Call, Receiver
 
 
 class XmlApi(Api):
@@ -39,9 +25,15 @@ class XmlApi(Api):
         call.method = "POST"
         call.path = f"/upload/storage/v1/b/{bucket}/o"
         call.query = {"uploadType": "media", "name": unquote(name)}
-        return XmlUpload(super().receive(call, answer_batched))
+        media = super().receive(call, answer_batched)
+
+        def answer() -> Answer:
+            media.answer()
+            return Answer(200, {"ETag": '"1"', "x-goog-generation": "1"})
+
+        return Receiver(answer, media.write, media.abort)
 
 
 if __name__ == "__main__":
-    server.Api = XmlApi  # type: ignore[misc]
+    server.Api = XmlApi  # type: ignore[attr-defined]
     sys.exit(main())
