@@ -165,7 +165,7 @@ class Api:
         bucket = self._buckets[bucket_name]
         query = call.query
         page = listing.list_page(
-            bucket.names.sorted(),
+            bucket.names(),
             listing.ListingQuery(
                 prefix=query.get("prefix", ""),
                 delimiter=query.get("delimiter", ""),

@@ -13,7 +13,6 @@ from typing import Any
 from .bodies import MD5_UP_TO_BYTES, Body, Spool, md5_of
 from .errors import ApiError, invalid, not_found, required
 from .folder import Folder
-from .listing import SortedNames
 from .objects import NO_PRECONDITIONS, NewObject, Preconditions, StoredObject
 
 # https://cloud.google.com/storage/docs/buckets#naming
@@ -31,7 +30,22 @@ class Bucket:
     created: int = 0
     updated: int = 0
     objects: dict[str, StoredObject] = field(default_factory=dict)
-    names: SortedNames = field(default_factory=SortedNames)
+    _names: list[str] | None = None
+
+    def names(self) -> list[str]:
+        """The names of the objects in order: not a copy, not to be changed."""
+        if self._names is None:
+            self._names = sorted(self.objects)
+        return self._names
+
+    def add(self, stored: StoredObject) -> None:
+        if stored.name not in self.objects:
+            self._names = None
+        self.objects[stored.name] = stored
+
+    def remove(self, stored: StoredObject) -> None:
+        del self.objects[stored.name]
+        self._names = None
 
     @property
     def requester_pays(self) -> bool:
@@ -170,8 +184,7 @@ class Buckets:
         bucket = self[stored.bucket]
         if self._folder is not None:
             self._folder.delete_object(stored.bucket, stored.name)
-        del bucket.objects[stored.name]
-        bucket.names.remove(stored.name)
+        bucket.remove(stored)
         stored.body.discard()
 
     def change(
@@ -253,16 +266,14 @@ class Buckets:
         )
         self._save_object(stored)
         before = bucket.objects.get(new.name)
-        bucket.objects[new.name] = stored
-        if before is None:
-            bucket.names.add(new.name)
-        elif before.body is not body:
+        bucket.add(stored)
+        if before is not None and before.body is not body:
             before.body.discard()
         return stored
 
     def _save_bucket(self, bucket: Bucket) -> None:
         if self._folder is not None:
-            self._folder.save_bucket(bucket.name, _fields(bucket, "objects", "names"))
+            self._folder.save_bucket(bucket.name, _fields(bucket, "objects", "_names"))
 
     def _save_object(self, stored: StoredObject) -> None:
         if self._folder is not None:
@@ -275,8 +286,7 @@ class Buckets:
             self._by_name[bucket.name] = bucket
             for values, body in folder.objects(bucket.name):
                 stored = StoredObject(bucket=bucket.name, body=body, **values)
-                bucket.objects[stored.name] = stored
-                bucket.names.add(stored.name)
+                bucket.add(stored)
                 self._clock = max(self._clock, stored.generation, stored.updated)
 
 

@@ -1,4 +1,4 @@
-"""Sorted names, and pages of a listing over them.
+"""Pages of a listing over sorted names.
 
 Cloud Storage lists names in the order of their UTF-8 bytes, which is the order of code points,
 which is how Python compares `str`.
@@ -10,45 +10,11 @@ import base64
 import binascii
 import functools
 import re
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_RESULTS = 1000  # https://cloud.google.com/storage/docs/json_api/v1/objects/list#parameters
-# Inserting one name moves half the list; from some number on, sorting once is cheaper.
-_INSORT_UP_TO = 8
-
-
-class SortedNames:
-    """A set of names that is sorted when it is read.
-
-    The caller adds a name only when it is not there, and removes it only when it is.
-    """
-
-    __slots__ = ("_new", "_sorted")
-
-    def __init__(self) -> None:
-        self._sorted: list[str] = []
-        self._new: list[str] = []
-
-    def add(self, name: str) -> None:
-        self._new.append(name)
-
-    def remove(self, name: str) -> None:
-        names = self.sorted()
-        del names[bisect_left(names, name)]
-
-    def sorted(self) -> list[str]:
-        """All names in order: not a copy, not to be changed."""
-        if self._new:
-            if len(self._new) <= _INSORT_UP_TO:
-                for name in self._new:
-                    insort(self._sorted, name)
-            else:
-                self._sorted += self._new
-                self._sorted.sort()
-            self._new = []
-        return self._sorted
 
 
 @dataclass(frozen=True, slots=True)

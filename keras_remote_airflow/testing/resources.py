@@ -19,7 +19,7 @@ from .objects import StoredObject
 def timestamp(microseconds: int) -> str:
     """RFC 3339 with milliseconds, as Cloud Storage writes it."""
     moment = datetime.fromtimestamp(microseconds // 1000 / 1000, UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{microseconds // 1000 % 1000:03d}Z"
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def etag(generation: int, metageneration: int) -> str:

@@ -79,34 +79,30 @@ class SessionWrite:
         if not self._current:
             raise PlainError(503, "backendError", "Another request took over this upload.")
         self._session.transfer = None
-        content_range = self._range
-        if content_range is None:
+        sent = self._range
+        if sent is None or (sent.first is not None and sent.last is None):
             return True
-        if content_range.first is None:
-            return content_range.total == self._session.persisted
-        if content_range.last is None:
-            return True
-        expected = content_range.last - content_range.first + 1
-        problem = None
+        if sent.first is None or sent.last is None:
+            return sent.total == self._session.persisted
+        expected = sent.last - sent.first + 1
+        is_last = sent.total == sent.last + 1
+        if body_bytes == expected and (is_last or expected % CHUNK_BYTES == 0):
+            return is_last
+        self._session.spool.truncate(self._start)
         if body_bytes != expected:
             problem = (
-                f"Invalid request.  There were {body_bytes} byte(s) in the request body.  There "
-                f"should have been {expected} byte(s) (starting at offset {content_range.first} "
-                f"and ending at offset {content_range.last}) according to the Content-Range header."
+                f"There were {body_bytes} byte(s) in the request body.  There should have been "
+                f"{expected} byte(s) (starting at offset {sent.first} and ending at offset "
+                f"{sent.last}) according to the Content-Range header."
             )
-        elif content_range.total == content_range.last + 1:
-            return True
-        elif expected % CHUNK_BYTES:
+        else:
             problem = (
-                "Invalid request.  The number of bytes uploaded is required to be equal or greater "
-                f"than {CHUNK_BYTES}, except for the final request (it's recommended to be the "
-                f"exact multiple of {CHUNK_BYTES}).  The received request contained {expected} "
-                "bytes, which does not meet this requirement."
+                "The number of bytes uploaded is required to be equal or greater than "
+                f"{CHUNK_BYTES}, except for the final request (it's recommended to be the exact "
+                f"multiple of {CHUNK_BYTES}).  The received request contained {expected} bytes, "
+                "which does not meet this requirement."
             )
-        if problem is not None:
-            self._session.spool.truncate(self._start)
-            raise PlainError(400, "badRequest", problem)
-        return False
+        raise PlainError(400, "badRequest", f"Invalid request.  {problem}")
 
 
 @dataclass(slots=True)
@@ -149,22 +145,17 @@ class UploadSession:
         self.finished = answer
         self.spool = Spool(None)
 
-    def discard(self) -> None:
-        """Drop the bytes of an upload that did not finish."""
-        self.spool.discard()
-
     def begin(self, content_range: ContentRange | None) -> SessionWrite:
         """A PUT begins, with bytes or without.
 
         A range that starts before the persisted size is taken and its known bytes are skipped;
         one that starts after it is refused with 503, as Cloud Storage does.
         """
-        if content_range is None or content_range.first is not None:
-            if self.transfer is not None:
-                self.transfer.abort()
-            first = 0 if content_range is None else content_range.first or 0
-        else:
+        first = 0 if content_range is None else content_range.first
+        if first is None:
             first = self.persisted
+        elif self.transfer is not None:
+            self.transfer.abort()
         if first > self.persisted:
             raise PlainError(
                 503,

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -76,18 +77,16 @@ class StorageServer:
         """
         if self._thread is not None:
             raise RuntimeError("the server is running")
-        ready: list[BaseException | None] = []
-        event = threading.Event()
+        started: Future[None] = Future()
         self._thread = threading.Thread(
-            target=self._run, args=(ready, event), name="storage-server", daemon=True
+            target=self._run, args=(started,), name="storage-server", daemon=True
         )
         self._thread.start()
-        if not event.wait(_START_SECONDS):
-            raise TimeoutError("the server did not start")
-        if ready[0] is not None:
+        error = started.exception(_START_SECONDS)
+        if error is not None:
             self._thread.join()
             self._thread = None
-            raise ready[0]
+            raise error
         return self
 
     def stop(self) -> None:
@@ -151,7 +150,7 @@ class StorageServer:
         """A snapshot of the bucket's objects by name, in listing order."""
         with self._lock:
             held = self._buckets[bucket]
-            return {n: dataclasses.replace(held.objects[n]) for n in held.names.sorted()}
+            return {n: dataclasses.replace(held.objects[n]) for n in held.names()}
 
     def put(
         self, bucket: str, name: str, data: bytes, metadata: Mapping[str, str] | None = None
@@ -208,16 +207,15 @@ class StorageServer:
 
     # The thread.
 
-    def _run(self, ready: list[BaseException | None], event: threading.Event) -> None:
+    def _run(self, started: Future[None]) -> None:
         try:
-            asyncio.run(self._serve(ready, event))
-        except BaseException as exc:
-            if event.is_set():
+            asyncio.run(self._serve(started))
+        except Exception as exc:
+            if started.done():
                 raise
-            ready.append(exc)
-            event.set()
+            started.set_exception(exc)
 
-    async def _serve(self, ready: list[BaseException | None], event: threading.Event) -> None:
+    async def _serve(self, started: Future[None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         self._web = web.Server(
@@ -230,8 +228,7 @@ class StorageServer:
         )
         server = await self._loop.create_server(self._web, self.host, self.port, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
-        ready.append(None)
-        event.set()
+        started.set_result(None)
         await self._stopping.wait()
         # asyncio makes a task for each connection that it has just accepted. Were the server closed
         # first, such a task would drop its connection unclosed, and that client would wait for

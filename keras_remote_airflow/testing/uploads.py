@@ -33,7 +33,7 @@ class Uploads:
     def close(self) -> None:
         """Drop unfinished uploads."""
         for session in self._sessions.values():
-            session.discard()
+            session.spool.discard()
         self._sessions.clear()
 
     def receive(self, call: Call, bucket: str) -> Receiver:
@@ -114,7 +114,7 @@ class Uploads:
         """https://cloud.google.com/storage/docs/performing-resumable-uploads#cancel-upload"""
         session = self._sessions.pop(call.query["upload_id"], None)
         if session is not None:
-            session.discard()
+            session.spool.discard()
         return Answer(499)
 
     def _put(self, call: Call, session: UploadSession, part: SessionWrite) -> Answer:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_remote_airflow.testing.listing import (
-    ListingQuery,
-    SortedNames,
-    decode_token,
-    list_page,
-)
+from keras_remote_airflow.testing.bodies import MemoryBody
+from keras_remote_airflow.testing.buckets import Bucket
+from keras_remote_airflow.testing.listing import ListingQuery, decode_token, list_page
+from keras_remote_airflow.testing.objects import StoredObject
 
 TEXT = st.text(alphabet="ab/é\U0010ffff", max_size=6)
 NAME = st.text(alphabet="ab/é\U0010ffff", min_size=1, max_size=6)
@@ -62,15 +60,14 @@ def test_pages_add_up_to_what_the_model_says(
 
 @given(st.lists(st.tuples(st.booleans(), NAME)))
 def test_names_stay_sorted_through_additions_and_removals(changes: list[tuple[bool, str]]) -> None:
-    names, model = SortedNames(), set[str]()
+    bucket = Bucket("demo")
     for adding, name in changes:
-        if adding and name not in model:
-            names.add(name)
-            model.add(name)
-        elif not adding and name in model:
-            names.remove(name)
-            model.remove(name)
-    assert names.sorted() == sorted(model)
+        stored = StoredObject("demo", name, MemoryBody([]), 1, "AAAAAA==")
+        if adding:
+            bucket.add(stored)
+        elif name in bucket.objects:
+            bucket.remove(stored)
+        assert bucket.names() == sorted(bucket.objects)
 
 
 @given(st.sets(NAME))
