@@ -25,6 +25,7 @@ class CacheTrigger(BaseTrigger):
     """Looks for a dataset at intervals and fires one event.
 
     The event is one of
+
         {"status": "found", "ref": <the ref dict that poke mode would return>}
         {"status": "timeout", "message": str}
         {"status": "failed", "message": str, "permanent": bool}
