@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from keras_remote_airflow.core.datasets.materialize import materialize
 from keras_remote_airflow.core.errors import PERMANENT_ERRORS, InvalidInputError, KerasRemoteError
-from keras_remote_airflow.core.refs import REF_VARIABLE, DataRef, make_data_ref, parse_data_ref
+from keras_remote_airflow.core.refs import REF_VARIABLE, DataRef, parse_data_ref
 
 # What tells a local path from every spelling of a dataset.
 _LOCAL_PATH = re.compile(r"/|~|\.\.?(/|$)")
@@ -115,7 +115,7 @@ def _read_ref(a: str | None, *, is_dir: bool, is_file: bool) -> DataRef:
         raise InvalidInputError(
             f"{text} may be a directory or a single file: pass --dir or --file, or end it with /"
         )
-    return parse_data_ref(make_data_ref(text, is_dir=not is_file))
+    return DataRef(text, is_dir=not is_file)
 
 
 def _fail(code: int, error: Exception) -> int:

@@ -167,6 +167,11 @@ def _line(update: ProgressUpdate, subject: str) -> str:
     return f"{line}: {subject}" if subject else line
 
 
+def format_files(count: int) -> str:
+    """Return "1 file", "2 files" and so on."""
+    return f"{count} file{'' if count == 1 else 's'}"
+
+
 def format_bytes(count: float) -> str:
     """Return `count` bytes as people read them, in powers of 1,000."""
     for unit in ("B", "kB", "MB", "GB"):

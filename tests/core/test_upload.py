@@ -234,6 +234,12 @@ def test_data_of_more_than_ten_gibibytes_draws_a_warning(tree, caplog):
     assert "10.7 GB" in record.getMessage()
 
 
+def test_log_says_one_file_and_two_files(tree, gcs_bucket, caplog):
+    caplog.set_level(logging.INFO)
+    upload(gcs_bucket, str(tree({"a": "1"})))
+    assert re.search(r"Uploaded 1 of 1 file \(", caplog.text)
+
+
 def test_one_line_of_log_for_one_outcome(tree, gcs_bucket, caplog):
     path = str(tree(FILES))
     for fact, outcome in (

@@ -30,7 +30,12 @@ from keras_remote_airflow.core.disk.destination import (
 )
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError
 from keras_remote_airflow.core.layout import check_relative_paths
-from keras_remote_airflow.core.progress import Progress, ProgressCallback, format_bytes
+from keras_remote_airflow.core.progress import (
+    Progress,
+    ProgressCallback,
+    format_bytes,
+    format_files,
+)
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref
 
 if TYPE_CHECKING:
@@ -148,8 +153,8 @@ def _fetch(source: RemoteData, folder: str, final: str, progress: ProgressCallba
             os.chmod(partial, mode_for(final))
         rename(whole, final)
     _log.info(
-        "Materialized %d files (%s) in %.1f s at %s: %s",
-        received.files,
+        "Materialized %s (%s) in %.1f s at %s: %s",
+        format_files(received.files),
         format_bytes(received.bytes),
         received.seconds,
         final,

@@ -33,7 +33,12 @@ from keras_remote_airflow.core.layout import (
     parse_marker,
     split_gcs_uri,
 )
-from keras_remote_airflow.core.progress import Progress, ProgressCallback, format_bytes
+from keras_remote_airflow.core.progress import (
+    Progress,
+    ProgressCallback,
+    format_bytes,
+    format_files,
+)
 
 if TYPE_CHECKING:
     from keras_remote_airflow.core.cloud.retry import RetryPolicy
@@ -216,10 +221,10 @@ def upload(
         published_at=found.published_at if found else None,
     )
     _log.info(
-        "%s %d of %d files (%s of %s) in %.1f s, cache %s: %s",
+        "%s %d of %s (%s of %s) in %.1f s, cache %s: %s",
         "Would upload" if dry_run else "Uploaded",
         result.uploaded_files,
-        result.files,
+        format_files(result.files),
         format_bytes(result.uploaded_bytes),
         format_bytes(result.bytes),
         result.seconds,
@@ -263,7 +268,8 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progres
         sent: counts the files and bytes that were sent.
     """
     missing = _missing_from_a_random_one_on(store, key, snapshot)
-    _log.info("Uploading %d of %d files: %s", len(missing), len(snapshot), key.gcs_uri)
+    files = format_files(len(snapshot))
+    _log.info("Uploading %d of %s: %s", len(missing), files, key.gcs_uri)
     with sent:
         _send(store, key, snapshot, missing, sent)
     receipt = Receipt.now(
