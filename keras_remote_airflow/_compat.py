@@ -1,55 +1,20 @@
 """The only file that knows Airflow versions, and the only one that imports Airflow.
 
-First it asks the metadata of what is installed whether the package can work here; if not, importing
-it raises an ImportError that says what to install, and Airflow is not imported.
+Where `_requirements` finds that Airflow is missing or too old, importing this file raises an
+ImportError that says so in one line, and Airflow is not imported.
 
 Each name is taken from its newest home (up to 3.3), else from an older one (down to 2.11): the
 old homes warn on the versions that have the new (by a FutureWarning, which users would see). mypy
 checks the newest Airflow's branch only.
 """
 
-import re
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, distribution
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-# The lower bounds of the extra `airflow` in pyproject.toml.
-MIN_AIRFLOW = "2.11"
-MIN_GOOGLE_PROVIDER = "19"
+from keras_remote_airflow._requirements import missing_requirement
 
-
-def _check_installation() -> None:
-    """Raise ImportError unless Airflow and its google provider are there and new enough."""
-    # Airflow 3 is in apache-airflow-core; apache-airflow only requires that.
-    airflow = _installed_version("apache-airflow-core") or _installed_version("apache-airflow")
-    provider = "apache-airflow-providers-google"
-    for name, found, minimum in (
-        ("apache-airflow", airflow, MIN_AIRFLOW),
-        (provider, _installed_version(provider), MIN_GOOGLE_PROVIDER),
-    ):
-        if found is None or _numbers(found) < _numbers(minimum):
-            raise ImportError(
-                f"keras_remote_airflow needs {name} {minimum} or newer for its operators and "
-                f"sensors, found {found or 'none'}: pip install 'keras-remote-airflow[airflow]'"
-            )
-
-
-def _installed_version(name: str) -> str | None:
-    try:
-        found = distribution(name)
-    except PackageNotFoundError:
-        return None
-    # `found.version` parses all of the metadata, a README of many pages included.
-    line = re.search(r"^Version: *(\S+)", found.read_text("METADATA") or "", re.MULTILINE)
-    return line[1] if line else found.version
-
-
-def _numbers(version: str) -> list[int]:
-    """Return major and minor version: [2, 11] for "2.11.0+composer"."""
-    return [int(number) for number in re.findall(r"\d+", version)[:2]]
-
-
-_check_installation()
+if missing := missing_requirement():
+    raise ImportError(missing)
 
 try:
     from airflow.providers.standard.operators.python import PythonOperator

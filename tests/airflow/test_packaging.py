@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from keras_remote_airflow import _compat
+from keras_remote_airflow import _requirements
 from keras_remote_airflow.provider_info import get_provider_info
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,12 +65,12 @@ def install(folder, **versions):
 @pytest.mark.parametrize(
     ("installed", "facts"),
     [
-        ({}, [AIRFLOW, _compat.MIN_AIRFLOW, "none"]),
-        ({AIRFLOW: "2.10.5", GOOGLE: "19.0.0"}, [AIRFLOW, _compat.MIN_AIRFLOW, "2.10.5"]),
-        ({AIRFLOW: "2.9.3+composer"}, [AIRFLOW, _compat.MIN_AIRFLOW, "2.9.3+composer"]),
-        ({AIRFLOW: "2.11.0"}, [GOOGLE, _compat.MIN_GOOGLE_PROVIDER, "none"]),
-        ({CORE: "3.3.2"}, [GOOGLE, _compat.MIN_GOOGLE_PROVIDER, "none"]),
-        ({CORE: "3.10.0", GOOGLE: "18.1.0"}, [GOOGLE, _compat.MIN_GOOGLE_PROVIDER, "18.1.0"]),
+        ({}, [AIRFLOW, _requirements.MIN_AIRFLOW, "none"]),
+        ({AIRFLOW: "2.10.5", GOOGLE: "19.0.0"}, [AIRFLOW, _requirements.MIN_AIRFLOW, "2.10.5"]),
+        ({AIRFLOW: "2.9.3+composer"}, [AIRFLOW, _requirements.MIN_AIRFLOW, "2.9.3+composer"]),
+        ({AIRFLOW: "2.11.0"}, [GOOGLE, _requirements.MIN_GOOGLE_PROVIDER, "none"]),
+        ({CORE: "3.3.2"}, [GOOGLE, _requirements.MIN_GOOGLE_PROVIDER, "none"]),
+        ({CORE: "3.10.0", GOOGLE: "18.1.0"}, [GOOGLE, _requirements.MIN_GOOGLE_PROVIDER, "18.1.0"]),
     ],
     ids=str,
 )
@@ -99,7 +99,7 @@ import json, sys
 sys.path += sys.argv[1:]
 from keras_remote_airflow.plugin import KerasRemotePlugin
 from keras_remote_airflow.provider_info import get_provider_info
-print(json.dumps([KerasRemotePlugin.name, get_provider_info()["package-name"]]))
+print(json.dumps([KerasRemotePlugin.name, get_provider_info()]))
 """
     folder = install(tmp_path, **installed)
     done = subprocess.run(
@@ -108,16 +108,18 @@ print(json.dumps([KerasRemotePlugin.name, get_provider_info()["package-name"]]))
         text=True,
         timeout=60,
     )
-    assert json.loads(done.stdout) == ["keras_remote", "keras-remote-airflow"]
     assert done.stderr == ""
+    name, info = json.loads(done.stdout)
+    assert (name, info["package-name"]) == ("keras_remote", "keras-remote-airflow")
+    assert "keras_remote_airflow." not in str(info), "Airflow might import it"
 
 
 def test_the_lower_bounds_are_those_of_the_extra():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     required = project["dependencies"] + project["optional-dependencies"].get("airflow", [])
     bounds = dict(requirement.split(">=") for requirement in required)
-    assert bounds[AIRFLOW] == _compat.MIN_AIRFLOW
-    assert bounds[GOOGLE] == _compat.MIN_GOOGLE_PROVIDER
+    assert bounds[AIRFLOW] == _requirements.MIN_AIRFLOW
+    assert bounds[GOOGLE] == _requirements.MIN_GOOGLE_PROVIDER
 
 
 STARTED_PYTEST = """
