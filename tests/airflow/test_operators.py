@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from keras_remote_airflow import Data, DataUploadOperator, connection, metrics, upload_data
+from keras_remote_airflow import Data, DataUploadOperator, metrics, upload_data
 from keras_remote_airflow._compat import AirflowFailException, AirflowSkipException
 from keras_remote_airflow.core.errors import StoreError
 
@@ -65,19 +65,6 @@ def test_gs_data_asks_nobody(execute, gcs_server):
     assert (ref["gcs_uri"], ref["is_dir"]) == ("gs://elsewhere/model.keras", False)
     assert xcoms["upload_stats"]["content_hash"] is None
     assert gcs_server.requests == []
-
-
-def test_passes_the_connection_on(execute, dataset, monkeypatch):
-    asked = []
-    make_gcs_hook = connection.make_gcs_hook
-
-    def recording(**arguments):
-        asked.append(arguments)
-        return make_gcs_hook(gcp_conn_id="google_cloud_default")
-
-    monkeypatch.setattr(connection, "make_gcs_hook", recording)
-    execute(upload(dataset, gcp_conn_id="mine", impersonation_chain=["a@x", "b@x"]))
-    assert asked == [{"gcp_conn_id": "mine", "impersonation_chain": ["a@x", "b@x"]}]
 
 
 @pytest.mark.parametrize(
