@@ -51,6 +51,11 @@ class Api:
         """Drop unfinished uploads."""
         self._uploads.close()
 
+    def clock_headers(self) -> dict[str, str]:
+        """The header `Date` of answers, if the clock is not the machine's."""
+        ahead = self._buckets.ahead
+        return {"Date": formatdate(self._buckets.time() / 1e6, usegmt=True)} if ahead else {}
+
     def receive(self, call: Call, answer_batched: Callable[[Call], Answer]) -> Receiver:
         """Where the request's body goes. `answer_batched` answers the calls of a batch."""
         try:

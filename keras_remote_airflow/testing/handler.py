@@ -57,6 +57,8 @@ class Handler:
             return _drop(request)
         with self._lock:
             answer = answer_or_error(call, receiver.answer)
+            if clock := self._api.clock_headers():
+                answer = replace(answer, headers={**answer.headers, **clock})
         is_silent = fault is not None and fault.is_silent
         self._faults.log(call, None if is_silent else answer.status)
         seconds = self._latency() + (0 if fault is None else fault.latency)
@@ -132,7 +134,7 @@ async def _send(
     try:
         await response.prepare(request)
         if request.method != "HEAD":
-            for piece in _writes(answer.pieces, answer.length if up_to is None else up_to):
+            for piece in _in_pieces(answer.pieces, answer.length if up_to is None else up_to):
                 await response.write(piece)
     except ConnectionError:
         pass  # the client has gone
@@ -176,7 +178,7 @@ def _drop(request: web.BaseRequest) -> web.Response:
     return web.Response()
 
 
-def _writes(pieces: Iterable[bytes], up_to: int) -> Iterator[bytes]:
+def _in_pieces(pieces: Iterable[bytes], up_to: int) -> Iterator[bytes]:
     """The first bytes of a body, in pieces of bounded size."""
     for piece in pieces:
         for start in range(0, min(len(piece), up_to), _WRITE_BYTES):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import pytest
@@ -70,6 +72,15 @@ def test_the_period_begins_when_an_event_based_hold_ends(call: Any) -> None:
     assert call("DELETE", OBJECT).reason == "retentionPolicyNotMet"
     call.server.advance_clock(3600)
     assert call("DELETE", OBJECT).status == 204
+
+
+def test_answers_tell_the_time_of_the_clock(call: Any) -> None:
+    before = parsedate_to_datetime(call.media("x", b"1").headers["date"])
+    call.server.advance_clock(86400)
+    answer = call.media("x", b"2")
+    assert (parsedate_to_datetime(answer.headers["date"]) - before).total_seconds() >= 86400
+    created = datetime.fromisoformat(answer.json["timeCreated"])
+    assert (created - before).total_seconds() >= 86399  # headers have no fractions
 
 
 def test_the_back_door_is_always_open(call: Any) -> None:
