@@ -111,6 +111,11 @@ class CacheKey:
         """Name of the marker."""
         return self.layout.marker.format(namespace=self.namespace, content_hash=self.content_hash)
 
+    @property
+    def marker_uri(self) -> str:
+        """`gs://` URI of the marker."""
+        return f"gs://{self.bucket}/{self.marker_name}"
+
     def object_name(self, relative_path: str) -> str:
         """Return the name of the object that holds a file."""
         return self.prefix + relative_path
@@ -238,7 +243,6 @@ def parse_marker(body: bytes, key: CacheKey) -> Receipt | None:
     """
     if not body:
         return None
-    where = f"gs://{key.bucket}/{key.marker_name}"
     remedy = (
         "Use a newer keras_remote_airflow, or delete that object to have the data uploaded anew."
     )
@@ -249,20 +253,21 @@ def parse_marker(body: bytes, key: CacheKey) -> Receipt | None:
         version = int(fields["format_version"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as exc:
         raise MarkerError(
-            f"marker {where} is unreadable: expected a JSON receipt, found {len(body)} bytes: "
-            f"{body[:80]!r}. {remedy}"
+            f"marker is unreadable: expected a JSON receipt, found {len(body)} bytes "
+            f"({body[:80]!r}): {key.marker_uri}. {remedy}"
         ) from exc
     if not 1 <= version <= FORMAT_VERSION:
         raise MarkerError(
-            f"marker {where} has format_version {version}; this version reads up to "
-            f"{FORMAT_VERSION}. {remedy}"
+            f"marker has format_version {version}, this version reads up to {FORMAT_VERSION}: "
+            f"{key.marker_uri}. {remedy}"
         )
     types = {"content_hash": str, "is_dir": bool, "files": int, "bytes": int}
     wrong = [name for name, kind in types.items() if type(fields.get(name)) is not kind]
     if wrong or fields["content_hash"] != key.content_hash:
         raise MarkerError(
-            f"marker {where} is not a receipt for its own content hash (look at "
-            f"{', '.join(wrong) or 'content_hash'}): found {body[:300]!r}. {remedy}"
+            "marker is not a receipt for its own content hash (look at "
+            f"{', '.join(wrong) or 'content_hash'}; found {body[:300]!r}): {key.marker_uri}. "
+            f"{remedy}"
         )
     return Receipt(
         fields["content_hash"],

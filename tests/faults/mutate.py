@@ -19,9 +19,9 @@ REPOSITORY = Path(__file__).parents[2]
 MUTATIONS = {
     "marker first": (
         "core/datasets/upload.py",
-        "    missing = _missing_from_a_random_one_on(store, key, snapshot)\n    _log",
+        "    missing = _missing_from_random_start(store, key, snapshot)\n    _log",
         "    store.create(key.marker_name, b'')\n"
-        "    missing = _missing_from_a_random_one_on(store, key, snapshot)\n    _log",
+        "    missing = _missing_from_random_start(store, key, snapshot)\n    _log",
         "test_crash.py::test_killed_after_each_request",
     ),
     "no precondition": (

@@ -69,7 +69,7 @@ def test_the_same_bytes_meanwhile_are_another_uploader(
 def test_an_object_that_is_not_in_the_data(server: StorageServer, tmp_path: Path) -> None:
     path = make_tree(tmp_path / "data", FILES)
     server.put(BUCKET, object_of(path, "stray"), b"")
-    with pytest.raises(ConflictError, match=r"/stray .* not in the data"):
+    with pytest.raises(ConflictError, match=r"not in the data.*/stray\b"):
         do_upload(server.url, path)
     assert published(server) == {}
 

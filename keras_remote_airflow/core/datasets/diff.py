@@ -108,8 +108,8 @@ def missing_files(
         uri = f"gs://{key.bucket}/{found.name}"
         if index is None:
             raise ConflictError(
-                f"{uri} ({found.size} bytes) is under this content hash but not in the data. "
-                f"Find out who wrote it; {how_to_clear(uri)}"
+                f"an object of {found.size} bytes is under this content hash but not in the data: "
+                f"{uri}. Find out who wrote it; {how_to_clear(uri)}"
             )
         file = snapshot.record(index)
         raise conflict(uri, found, snapshot.local_path(file.path), file.size, file.crc32c)

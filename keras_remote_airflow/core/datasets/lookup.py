@@ -124,9 +124,9 @@ def _check_receipt(receipt: Receipt | None, key: CacheKey, snapshot: Snapshot) -
     found = len(snapshot), snapshot.total_bytes
     if receipt is not None and (receipt.files, receipt.total_bytes) != found:
         raise MarkerError(
-            f"marker gs://{key.bucket}/{key.marker_name} says {receipt.files} files with "
-            f"{receipt.total_bytes} bytes, but data of this content hash has {len(snapshot)} "
-            f"with {snapshot.total_bytes}. Delete that object to have it written anew."
+            f"marker says {receipt.files} files with {receipt.total_bytes} bytes, but data of this "
+            f"content hash has {len(snapshot)} with {snapshot.total_bytes}: {key.marker_uri}. "
+            "Delete that object to have it written anew."
         )
 
 
@@ -156,9 +156,9 @@ def _shortfall(
     if files > receipt.files or size > receipt.total_bytes:
         # An upload does not mend this, so a sensor that waits for one must fail instead.
         raise ConflictError(
-            f"{key.gcs_uri} has {files} objects with {size} bytes, more than the {receipt.files} "
-            f"with {receipt.total_bytes} that its marker says. Find out who wrote the others, and "
-            "remove them."
+            f"the dataset has {files} objects with {size} bytes, more than the {receipt.files} "
+            f"with {receipt.total_bytes} that its marker says: {key.gcs_uri}. Find out who wrote "
+            "the others, and remove them."
         )
     if shows_all and (files, size) != (receipt.files, receipt.total_bytes):
         return (

@@ -137,16 +137,17 @@ def _fetch(source: RemoteData, folder: str, final: str, progress: ProgressCallba
         received = download(source, partial, progress)
         if not received.files and not source.may_be_empty:
             raise IntegrityError(
-                f"{source.ref.gcs_uri} is not what its ref names: no objects are there. Check the "
-                "URI; if a lifecycle rule deleted them, have the data uploaded again."
+                "no objects are there, so the data is not what its ref names: "
+                f"{source.ref.gcs_uri}. Check the URI; if a lifecycle rule deleted them, have the "
+                "data uploaded again."
             )
         whole = partial if source.ref.is_dir else os.path.join(partial, os.path.basename(final))
         expected = received.files, received.bytes
         problem = source.problem(take_snapshot(whole, expected=expected, progress=progress))
         if problem:
             raise IntegrityError(
-                f"{source.ref.gcs_uri} is not what its ref names: {problem}. Nothing was left at "
-                f"{final}. Remove what is under that URI, marker included, and have the data "
+                f"the data is not what its ref names: {problem}. Nothing was left at {final}. "
+                f"Remove what is under {source.ref.gcs_uri}, marker included, and have the data "
                 "uploaded again."
             )
         if source.ref.is_dir:
@@ -223,7 +224,7 @@ def download(
                 # The folder was empty: two object names claim one place, as "a" and "a/b" do.
                 place = os.path.relpath(exc.filename, folder)
                 raise IntegrityError(
-                    f"{source.ref.gcs_uri} cannot be a directory: more than one object claims "
-                    f"{place}. Remove the one that does not belong there."
+                    f"the data cannot be a directory: more than one object claims {place}: "
+                    f"{source.ref.gcs_uri}. Remove the one that does not belong there."
                 ) from exc
     return received

@@ -56,15 +56,16 @@ class RemoteData:
         found = list(islice(self.objects(), 2))
         if len(found) != 1:
             raise IntegrityError(
-                f"{self.ref.gcs_uri} should be one file, but "
-                + ("nothing is there" if not found else f"holds several: {found[0][1].name}, …")
-                + ". Check is_dir in the ref, and whether a lifecycle rule deleted the data."
+                "the data should be one file, but "
+                + (f"there are several ({found[0][1].name}, …)" if found else "nothing is there")
+                + f": {self.ref.gcs_uri}. Check is_dir in the ref, and whether a lifecycle rule "
+                "deleted the data."
             )
         path = found[0][0]
         check_relative_paths([path], "")
         if b"/" in path:
             raise IntegrityError(
-                f"{self.ref.gcs_uri} should be one file, but holds {found[0][1].name}. Check "
+                f"the data should be one file, but is {path.decode()}: {self.ref.gcs_uri}. Check "
                 "is_dir in the ref."
             )
         return path.decode()
@@ -102,8 +103,8 @@ class RemoteData:
             if snapshot.hash_as(not self.ref.is_dir) == self.key.content_hash:
                 kind = "a single file" if self.ref.is_dir else "a directory"
                 raise InvalidInputError(
-                    f"the ref says is_dir={self.ref.is_dir}, but {self.ref.gcs_uri} is {kind}. "
-                    "Correct the ref."
+                    f"the ref says is_dir={self.ref.is_dir}, but the data is {kind}: "
+                    f"{self.ref.gcs_uri}. Correct the ref."
                 )
             faults += self._unlike_uploaded(snapshot) + self._unlike_receipt(snapshot)
             faults.append(f"its content hash is {snapshot.content_hash}")

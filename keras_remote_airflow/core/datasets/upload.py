@@ -267,7 +267,7 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progres
         snapshot: the data.
         sent: counts the files and bytes that were sent.
     """
-    missing = _missing_from_a_random_one_on(store, key, snapshot)
+    missing = _missing_from_random_start(store, key, snapshot)
     files = format_files(len(snapshot))
     _log.info("Uploading %d of %s: %s", len(missing), files, key.gcs_uri)
     with sent:
@@ -326,12 +326,12 @@ def _send(
         missing = missing[round_files:]
         round_files *= 2
         if found_there > len(snapshot) // _PAGE_OBJECTS:
-            missing = _missing_from_a_random_one_on(store, key, snapshot)
+            missing = _missing_from_random_start(store, key, snapshot)
             round_files, found_there = _FIRST_ROUND_FILES, 0
             sent.expect(len(missing), _total_bytes(snapshot, missing))
 
 
-def _missing_from_a_random_one_on(
+def _missing_from_random_start(
     store: ObjectStore, key: CacheKey, snapshot: Snapshot
 ) -> "array[int]":
     """Return which files have no object, rotated so that a random one comes first.
