@@ -186,10 +186,11 @@ def _unknown(files: _Files, snapshot: Snapshot, index: "HashIndex") -> Sequence[
     """Fill in the files that the index knows; return the positions of the others."""
     states = _states(files)
     known, crcs, digests = index.look_up(files.paths, states)
+    if len(known) == len(states):
+        snapshot.fill_all(range(files.first, files.first + len(states)), states, crcs, digests)
+        return ()
     indices = [files.first + position for position in known]
     snapshot.fill_all(indices, [states[position] for position in known], crcs, digests)
-    if len(known) == len(states):
-        return ()
     return sorted(set(range(len(states))).difference(known))
 
 

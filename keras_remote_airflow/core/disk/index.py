@@ -8,9 +8,9 @@ Use it for data on a local disk, not on mounts whose inode numbers or times chan
 (gcsfuse, some NFS and container overlays).
 
 An index only saves time. One that is damaged, locked or of a newer format is ignored, with a line
-in the log. A damaged one is replaced by the next run that has something to record. A file that is
-not a hash index, or is one of a newer format, is never written to. Processes may share an index:
-each reads a block at a time, and writes in one transaction.
+in the log. A damaged one is replaced by the same run. A file that SQLite does not recognize as a
+hash index of this format is never written to. Processes may share an index: each reads a block at
+a time, and writes in one transaction.
 
 Format: an SQLite database with application_id 0x4B524958 ("KRIX"), user_version 1 and one table:
 
@@ -39,7 +39,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import cached_property, reduce
 from itertools import chain, count, groupby, islice, repeat
-from typing import NamedTuple, Self
+from typing import Self
 from urllib.parse import quote
 
 import google_crc32c
@@ -53,12 +53,14 @@ _log = logging.getLogger(__name__)
 APPLICATION_ID = 0x4B524958
 FORMAT_VERSION = 1
 _BLOCK_FILES = 1_000
-_STATE_TYPES = "QqqQQ"  # size, mtime_ns, ctime_ns, inode, device
+_STATE_TYPES = "QqqQq"  # size, mtime_ns, ctime_ns, inode, device
 _SCHEMA = """
     CREATE TABLE blocks (root BLOB, number INTEGER, crc32c INTEGER,
                          paths BLOB, states BLOB, crcs BLOB, digests BLOB,
                          PRIMARY KEY (root, number)) WITHOUT ROWID
 """
+# In KiB: blocks are read and written one after another, so more would not help.
+_SMALL_CACHE = "PRAGMA cache_size = -512"
 _COUNT_FILES = "SELECT total(length(crcs)) / 4 FROM blocks WHERE root = ?"
 _READ = "SELECT crc32c, paths, states, crcs, digests FROM blocks WHERE root = ? AND number = ?"
 # A block that is stored already is not written again.
@@ -70,7 +72,7 @@ _WRITE = """
         excluded.crc32c, excluded.paths, excluded.states, excluded.crcs, excluded.digests)
 """
 # What reading and writing a file of any content may raise.
-_FAILURES = (sqlite3.Error, OSError, ValueError, TypeError, OverflowError)
+_FAILURES = (sqlite3.Error, OSError, ValueError, TypeError)
 
 
 class HashIndex:
@@ -128,22 +130,28 @@ class HashIndex:
         Returns:
             Positions of the files found, their CRC32Cs, and their file digests one after another.
         """
-        found = _Found([], array("I"), bytearray())
+        rows = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev) for s in states]
+        columns = [array(*c) for c in zip(_STATE_TYPES, zip(*rows, strict=True), strict=True)]
+        self._ctimes.extend(columns[2])
+        self._inodes.extend(columns[3])
+        self._devices += ((device, len(list(run))) for device, run in groupby(columns[4]))
+        known: list[int] = []
+        crcs = array("I")
+        digests = bytearray()
+        start = 0
         with self._ignoring_failures():
-            rows = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev) for s in states]
-            columns = [array(*c) for c in zip(_STATE_TYPES, zip(*rows, strict=True), strict=True)]
-            self._ctimes.extend(columns[2])
-            self._inodes.extend(columns[3])
-            self._devices += ((device, len(list(run))) for device, run in groupby(columns[4]))
-            start = 0
             while self._block and start < len(paths):
-                end = self._block.end(paths, start)
-                self._block.match(paths, columns, range(start, end), found)
+                block = self._block
+                end = block.end(paths, start)
+                for positions, rows_found in block.matches(paths, columns, start, end):
+                    known.extend(positions)
+                    crcs.extend(block.crcs[rows_found])
+                    digests += block.digests[32 * rows_found.start : 32 * rows_found.stop]
                 start = end
                 if start < len(paths):
                     self._block = next(self._blocks, None)
-        self._found_files += len(found.positions)
-        return found.positions, found.crcs, bytes(found.digests)
+        self._found_files += len(known)
+        return known, crcs, bytes(digests)
 
     def save(self, snapshot: Snapshot) -> None:
         """Record a snapshot whose every file was asked for, if anything is new."""
@@ -156,14 +164,13 @@ class HashIndex:
             with suppress(FileExistsError):  # names are as private as what they stand for
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             with closing(self._connect("rwc")) as db:
-                # It shrinks when roots are forgotten. To be said before there is a table.
+                db.execute(_SMALL_CACHE)
+                # The file shrinks when roots are forgotten. This has to precede the first table.
                 db.execute("PRAGMA auto_vacuum = FULL")
                 with db:
                     db.execute("BEGIN IMMEDIATE")
                     self._write(db, snapshot)
         except _FAILURES as exc:
-            if _code(exc) == sqlite3.SQLITE_CORRUPT:
-                self._remove()  # so that the next run starts anew
             _log.warning("Hash index %s could not be written: %s", self._path, exc)
 
     @contextmanager
@@ -173,12 +180,11 @@ class HashIndex:
             yield
         except _FAILURES as exc:
             self._block, self._blocks = None, iter(())
-            # An index that SQLite finds malformed is replaced; a wrong block is written anew. Other
-            # files are left alone, and so is an index that cannot be opened or is locked.
-            malformed = _code(exc) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
-            self._is_damaged = malformed and _has_our_header(self._path)
-            is_wrong_block = self._db is not None and isinstance(exc, ValueError | TypeError)
-            self._may_write = self._is_damaged or is_wrong_block
+            # A hash index with wrong content is replaced. Other files are left alone, and so is an
+            # index that is locked or cannot be read just now.
+            code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+            is_wrong = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
+            self._may_write = self._is_damaged = self._db is not None and is_wrong
             _log.warning("Hash index %s is ignored: %s", self._path, exc)
 
     def _open(self) -> None:
@@ -195,6 +201,7 @@ class HashIndex:
                 return
         # Reading needs no right to write, but after a crash SQLite has to undo what was half done.
         self._db = self._connect("rw")
+        self._db.execute(_SMALL_CACHE)
         [[self._known_files]] = self._db.execute(_COUNT_FILES, [self._root]).fetchall()
         self._blocks = self._read(self._db)
         self._block = next(self._blocks, None)
@@ -248,27 +255,19 @@ class HashIndex:
                 os.unlink(path)
 
 
-class _Found(NamedTuple):
-    """Files that are known and unchanged."""
-
-    positions: list[int]
-    crcs: "array[int]"
-    digests: bytearray
-
-
 class _Block:
     """Some of the known files, in the order of the content hash."""
 
     def __init__(self, crc32c: int, *columns: bytes) -> None:
         if _crc32c(columns) != crc32c:
             raise ValueError("a block does not agree with its CRC32C")
-        paths, states, crcs, self._digests = columns
+        paths, states, crcs, self.digests = columns
         self._paths = paths.split(b"\0")
         self._states = [
             array(code, states[start : start + 8 * len(self._paths)])
             for code, start in zip(_STATE_TYPES, count(0, 8 * len(self._paths)), strict=False)
         ]
-        self._crcs = array("I", crcs)
+        self.crcs = array("I", crcs)
         self._last = walk_order(self._paths[-1])
         self._next = 0
 
@@ -278,31 +277,26 @@ class _Block:
             return len(paths)
         return bisect_right(paths, self._last, start, key=walk_order)
 
-    def match(
-        self, paths: list[bytes], states: list["array[int]"], positions: range, found: _Found
-    ) -> None:
-        """Add those of these files to `found` that are known and unchanged."""
-        rows = slice(self._next, self._next + len(positions))
-        here = slice(positions.start, positions.stop)
-        if self._paths[rows] == paths[here] and all(
-            known[rows] == asked[here] for known, asked in zip(self._states, states, strict=True)
+    def matches(
+        self, paths: list[bytes], states: list["array[int]"], start: int, end: int
+    ) -> Iterator[tuple[range, slice]]:
+        """Yield positions from `start` to `end`, and rows here, of files that are unchanged."""
+        rows = slice(self._next, self._next + end - start)
+        if self._paths[rows] == paths[start:end] and all(
+            known[rows] == asked[start:end]
+            for known, asked in zip(self._states, states, strict=True)
         ):  # all are as they were, which costs a fraction of looking at them one by one
-            found.positions.extend(positions)
-            self._take(rows, found)
+            self._next = rows.stop
+            yield range(start, end), rows
             return
-        for position in positions:
+        for position in range(start, end):
             row = self._row_of.get(paths[position])
             if row is not None and all(
                 known[row] == asked[position]
                 for known, asked in zip(self._states, states, strict=True)
             ):
-                found.positions.append(position)
-                self._take(slice(row, row + 1), found)
-
-    def _take(self, rows: slice, found: _Found) -> None:
-        found.crcs.extend(self._crcs[rows])
-        found.digests.extend(self._digests[32 * rows.start : 32 * rows.stop])
-        self._next = rows.stop
+                self._next = row + 1
+                yield range(position, position + 1), slice(row, row + 1)
 
     @cached_property
     def _row_of(self) -> dict[bytes, int]:
@@ -326,21 +320,6 @@ def _is_index(db: sqlite3.Connection) -> bool:
     return False
 
 
-def _has_our_header(path: str) -> bool:
-    """Return whether a database that SQLite refuses to open was a hash index."""
-    with suppress(OSError), open(path, "rb") as file:
-        header = file.read(72)  # https://www.sqlite.org/fileformat.html#the_database_header
-        version, application_id = (int.from_bytes(header[i : i + 4]) for i in (60, 68))
-        return (application_id, version) == (APPLICATION_ID, FORMAT_VERSION)
-    return False
-
-
 def _crc32c(columns: Sequence[bytes]) -> int:
     crc32c: int = reduce(google_crc32c.extend, columns, 0)
     return crc32c
-
-
-def _code(error: BaseException) -> int | None:
-    """Return SQLite's primary error code, or None for an error that is not SQLite's."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF
