@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterable
 
 import google_crc32c
 
-from keras_remote_airflow.core.cloud.store import FileToSend, ObjectInfo, ObjectToFetch, Page
+from keras_remote_airflow.core.cloud.store import (
+    FileToSend,
+    ObjectInfo,
+    ObjectToFetch,
+    Page,
+    ignore_moved,
+)
 from keras_remote_airflow.core.errors import ConflictError, DataChangedError, IntegrityError
 
 
@@ -60,45 +66,45 @@ class MemoryStore:
 
     def upload(
         self,
-        uploads: Iterable[FileToSend],
+        files: Iterable[FileToSend],
         done: Callable[[FileToSend, bool], None],
-        moved: Callable[[int], None] = abs,
+        moved: Callable[[int], None] = ignore_moved,
     ) -> None:
         self.calls.append("upload")
-        for upload in uploads:
-            done(upload, self._upload_one(upload))
+        for file in files:
+            done(file, self._upload_one(file))
 
-    def _upload_one(self, upload: FileToSend) -> bool:
-        if not os.path.exists(upload.path):
-            raise DataChangedError(f"{upload.path} is gone")
-        with open(upload.path, "rb") as file:
-            content = file.read()
-        if (len(content), google_crc32c.value(content)) != (upload.size, upload.crc32c):
-            raise DataChangedError(f"{upload.path} changed")
-        if upload.name in self._objects:
-            there = self._objects[upload.name][0]
-            if (there.size, there.crc32c) != (upload.size, upload.crc32c):
-                raise ConflictError(f"{upload.name} holds other bytes")
+    def _upload_one(self, file: FileToSend) -> bool:
+        if not os.path.exists(file.path):
+            raise DataChangedError(f"{file.path} is gone")
+        with open(file.path, "rb") as local:
+            content = local.read()
+        if (len(content), google_crc32c.value(content)) != (file.size, file.crc32c):
+            raise DataChangedError(f"{file.path} changed")
+        if file.name in self._objects:
+            there = self._objects[file.name][0]
+            if (there.size, there.crc32c) != (file.size, file.crc32c):
+                raise ConflictError(f"{file.name} holds other bytes")
             return False
-        self.replace(upload.name, content, upload.digest.hex())
+        self.replace(file.name, content, file.digest.hex())
         return True
 
     def download(
         self,
-        downloads: Iterable[ObjectToFetch],
+        objects: Iterable[ObjectToFetch],
         done: Callable[[ObjectToFetch], None],
-        moved: Callable[[int], None] = abs,
+        moved: Callable[[int], None] = ignore_moved,
     ) -> None:
         self.calls.append("download")
-        for download in downloads:
-            info, content = self._objects.get(download.info.name, (None, b""))
-            if info is None or info.generation != download.info.generation:
-                raise IntegrityError(f"{download.info.name} is gone or was replaced")
-            if (info.size, info.crc32c) != (download.info.size, download.info.crc32c):
-                raise IntegrityError(f"{download.info.name} disagrees with its checksum")
-            with open(download.path, "xb") as file:
+        for wanted in objects:
+            info, content = self._objects.get(wanted.info.name, (None, b""))
+            if info is None or info.generation != wanted.info.generation:
+                raise IntegrityError(f"{wanted.info.name} is gone or was replaced")
+            if (info.size, info.crc32c) != (wanted.info.size, wanted.info.crc32c):
+                raise IntegrityError(f"{wanted.info.name} disagrees with its checksum")
+            with open(wanted.path, "xb") as file:
                 file.write(content)
-            done(download)
+            done(wanted)
 
     # By the back door: what no uploader does.
 
