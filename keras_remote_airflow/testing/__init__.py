@@ -9,8 +9,6 @@ From a shell: `python -m keras_remote_airflow.testing --port 9023 --bucket demo`
 the fixtures `gcs_server` and `gcs_bucket` (see `plugin`).
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -1,7 +1,5 @@
 """`python -m keras_remote_airflow.testing`: run the local Cloud Storage server."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 import sys

@@ -3,8 +3,6 @@
 Tests take permissions away with `StorageServer.deny`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from .buckets import Buckets

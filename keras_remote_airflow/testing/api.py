@@ -4,8 +4,6 @@ https://cloud.google.com/storage/docs/json_api/v1. Everything here is synchronou
 memory or local files only.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable
@@ -213,7 +211,7 @@ class Api:
         resource = call.json()
         refuse_object_settings(resource)
         changes = changed_fields(stored, resource, keep=call.method == "PATCH")
-        self._buckets.change(stored, **changes)
+        self._buckets.change(stored, changes)
         return self._resource(call, stored)
 
     def _get(self, call: Call, bucket: str, name: str) -> Answer:

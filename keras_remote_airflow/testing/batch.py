@@ -4,8 +4,6 @@ https://cloud.google.com/storage/docs/batch. Calls with media are not allowed in
 lines may end as the client likes, and the standard library's parser for e-mail reads them.
 """
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable
 from email import message_from_bytes

@@ -3,8 +3,6 @@
 A `Spool` takes bytes as they arrive, keeps their running CRC32C, and becomes a `Body`.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Buckets and the objects in them, in memory or in a folder. Knows nothing of HTTP."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import time
@@ -91,12 +89,8 @@ class Buckets:
         if not _BUCKET_NAME.fullmatch(name) or ".." in name:
             raise invalid(f"Invalid bucket name: '{name}'")
         if name in self._by_name:
-            raise ApiError(
-                409,
-                "conflict",
-                "Your previous request to create the named bucket succeeded and you already own "
-                "it.",
-            )
+            message = "Your previous request to create the named bucket succeeded"
+            raise ApiError(409, "conflict", f"{message} and you already own it.")
         now = self._now()
         bucket = Bucket(name, _checked(settings), created=now, updated=now)
         if self._folder is not None:
@@ -187,21 +181,14 @@ class Buckets:
         bucket.remove(stored)
         stored.body.discard()
 
-    def change(
-        self,
-        stored: StoredObject,
-        *,
-        content_type: str | None,
-        metadata: dict[str, str] | None,
-        settings: dict[str, Any],
-    ) -> None:
-        """Replace an object's metadata; the generation stays, the metageneration grows."""
+    def change(self, stored: StoredObject, fields: Mapping[str, Any]) -> None:
+        """Replace some of an object's fields; the generation stays, the metageneration grows."""
         stored.updated = self._now()
-        if stored.settings.get("eventBasedHold") and not settings.get("eventBasedHold"):
+        was_held = stored.settings.get("eventBasedHold")
+        for name, value in fields.items():
+            setattr(stored, name, value)
+        if was_held and not stored.settings.get("eventBasedHold"):
             stored.released = stored.updated
-        stored.content_type = content_type
-        stored.metadata = metadata
-        stored.settings = settings
         stored.metageneration += 1
         self._save_object(stored)
 
@@ -251,9 +238,9 @@ class Buckets:
         if bucket.settings.get("defaultEventBasedHold"):
             settings = {"eventBasedHold": True, **settings}
         stored = StoredObject(
-            bucket=bucket.name,
-            name=new.name,
-            body=body,
+            bucket.name,
+            new.name,
+            body,
             generation=now,
             crc32c=crc32c,
             md5=md5,

@@ -1,7 +1,5 @@
 """A request and its answer as the API sees them, without sockets."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import InitVar, dataclass, field

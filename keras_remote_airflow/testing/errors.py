@@ -3,8 +3,6 @@
 https://cloud.google.com/storage/docs/json_api/v1/status-codes
 """
 
-from __future__ import annotations
-
 
 class ApiError(Exception):
     """`reason` is the JSON API's word for the error; `plain` asks for text instead of JSON."""

@@ -4,8 +4,6 @@ A `Fault` matches requests by method and by a regular expression over the decode
 It counts the requests it matches: it fires from the `nth` on, `times` times.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections import deque

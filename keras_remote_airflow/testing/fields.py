@@ -4,8 +4,6 @@ https://cloud.google.com/storage/docs/json_api#partial-response: a comma-separat
 selectors, each a name, a path `a/b`, a name with sub-selectors `a(b,c)`, or `*`.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

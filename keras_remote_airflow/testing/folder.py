@@ -10,8 +10,6 @@ is what makes the object exist. Bytes that no JSON file names are left over from
 removed at the next start.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

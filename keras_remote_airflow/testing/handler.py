@@ -6,8 +6,6 @@ synchronous and runs on the event loop; the lock keeps the methods of `StorageSe
 threads call, out of the buckets meanwhile.
 """
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Hashes in headers and in metadata: base64 of CRC32C (big-endian) and of MD5."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 from collections.abc import Mapping

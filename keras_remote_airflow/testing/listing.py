@@ -4,8 +4,6 @@ Cloud Storage lists names in the order of their UTF-8 bytes, which is the order 
 which is how Python compares `str`.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import functools

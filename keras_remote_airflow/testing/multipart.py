@@ -5,8 +5,6 @@ part. Line ends are those of the first delimiter's line: CRLF, or LF, which gcsf
 Storage takes.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable

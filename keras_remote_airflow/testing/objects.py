@@ -3,11 +3,9 @@
 https://cloud.google.com/storage/docs/json_api/v1/objects
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from .bodies import Body
 from .errors import ApiError, invalid, required
@@ -83,7 +81,7 @@ class Preconditions:
     not_metageneration: int | None = None
 
     @classmethod
-    def from_query(cls, query: Mapping[str, Any], prefix: str = "if") -> Preconditions:
+    def from_query(cls, query: Mapping[str, Any], prefix: str = "if") -> "Preconditions":
         """Read `ifGenerationMatch` and its kin; `prefix` may be "ifSource"."""
         numbers = {}
         for parameter, name in _PARAMETERS.items():
@@ -138,7 +136,7 @@ class NewObject:
     md5: str | None = None
 
     @classmethod
-    def from_resource(cls, resource: Mapping[str, Any], query: Mapping[str, str]) -> NewObject:
+    def from_resource(cls, resource: Mapping[str, Any], query: Mapping[str, str]) -> Self:
         """From an object resource in JSON; the query's `name` and `contentEncoding` win.
 
         Raises:
@@ -161,12 +159,12 @@ class NewObject:
         )
 
     @classmethod
-    def like(cls, source: StoredObject, name: str) -> NewObject:
+    def like(cls, source: StoredObject, name: str) -> Self:
         """What a copy of `source` is given; holds are not copied."""
         settings = {key: value for key, value in source.settings.items() if key not in HOLDS}
         return cls(name, source.content_type, source.metadata, settings)
 
-    def with_hashes(self, declared: Mapping[str, str]) -> NewObject:
+    def with_hashes(self, declared: Mapping[str, str]) -> Self:
         """Add hashes declared in a header; a contradiction with the metadata is 400."""
         crc32c, md5 = declared.get("crc32c"), declared.get("md5")
         for ours, theirs in ((self.crc32c, crc32c), (self.md5, md5)):

@@ -6,8 +6,6 @@ STORAGE_EMULATOR_HOST is set already, it is a fresh bucket on that server.
 Both leave STORAGE_EMULATOR_HOST and AIRFLOW_CONN_GOOGLE_CLOUD_DEFAULT (anonymous) set.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import urllib.request
@@ -24,7 +22,7 @@ BUCKET = "test-bucket"
 
 
 @pytest.fixture
-def gcs_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageServer]:
+def gcs_server(monkeypatch: pytest.MonkeyPatch) -> "Iterator[StorageServer]":
     """A local server with the bucket "test-bucket"; skips when another server is set."""
     from .server import StorageServer
 

@@ -3,8 +3,6 @@
 https://cloud.google.com/storage/docs/json_api/v1/objects#resource and `/buckets#resource`.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -55,17 +53,15 @@ def object_resource(
         "timeStorageClassUpdated": created,
         "timeFinalized": created,
     }
-    if stored.content_type is not None:
-        resource["contentType"] = stored.content_type
-    if stored.md5 is not None:
-        resource["md5Hash"] = stored.md5
-    if stored.metadata:
-        resource["metadata"] = stored.metadata
-    if stored.component_count is not None:
-        resource["componentCount"] = stored.component_count
     until = bucket.retained_until(stored)
-    if until is not None:
-        resource["retentionExpirationTime"] = timestamp(until)
+    optional = {
+        "contentType": stored.content_type,
+        "md5Hash": stored.md5,
+        "metadata": stored.metadata or None,
+        "componentCount": stored.component_count,
+        "retentionExpirationTime": None if until is None else timestamp(until),
+    }
+    resource.update((key, value) for key, value in optional.items() if value is not None)
     resource.update(stored.settings)
     return resource
 

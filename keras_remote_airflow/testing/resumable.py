@@ -1,10 +1,9 @@
 """Resumable upload sessions: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from .bodies import Spool
 from .calls import Answer
@@ -29,7 +28,7 @@ class ContentRange:
     total: int | None
 
     @classmethod
-    def parse(cls, header: str) -> ContentRange:
+    def parse(cls, header: str) -> Self:
         found = _CONTENT_RANGE.fullmatch(header)
         if found is None:
             raise invalid("Failed to parse Content-Range header.")
@@ -45,7 +44,7 @@ class SessionWrite:
     """The bytes of one PUT on their way into a session; stale once the next PUT has begun."""
 
     def __init__(
-        self, session: UploadSession, content_range: ContentRange | None, first: int
+        self, session: "UploadSession", content_range: ContentRange | None, first: int
     ) -> None:
         self._session = session
         self._range = content_range

@@ -1,7 +1,5 @@
 """`StorageServer`: the local Cloud Storage server, in a thread of its own."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import threading
@@ -10,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from aiohttp import web
 
@@ -69,7 +67,7 @@ class StorageServer:
 
     # Life.
 
-    def start(self) -> StorageServer:
+    def start(self) -> Self:
         """Serve in a background thread; returns once the port is open.
 
         Raises:
@@ -101,7 +99,7 @@ class StorageServer:
         with self._lock:
             self._api.close()
 
-    def __enter__(self) -> StorageServer:
+    def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(

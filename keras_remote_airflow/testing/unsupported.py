@@ -4,8 +4,6 @@ A setting that only describes (a location, a storage class, CORS, lifecycle rule
 shown, and nothing follows from it. A setting that a client would rely on is refused here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

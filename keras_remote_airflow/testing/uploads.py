@@ -3,8 +3,6 @@
 https://cloud.google.com/storage/docs/uploads-downloads#uploads
 """
 
-from __future__ import annotations
-
 import uuid
 from dataclasses import replace
 from urllib.parse import quote, urlencode
