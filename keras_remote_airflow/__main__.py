@@ -21,6 +21,19 @@ from keras_remote_airflow.core.datasets.materialize import materialize
 from keras_remote_airflow.core.errors import PERMANENT_ERRORS, InvalidInputError, KerasRemoteError
 from keras_remote_airflow.core.refs import REF_VARIABLE, DataRef, parse_data_ref
 
+_GET = f"""\
+Download a dataset, verify it, and print its local path.
+
+  A       the dataset: a data ref as JSON, a gs:// URI (one that ends in / is a
+          directory), or - for standard input; without A, it is the ref in
+          ${REF_VARIABLE}
+  DEST    the directory that becomes the dataset, or that gets the single file
+          under its own name; a dataset that is there already is verified and
+          reused; without DEST, it is the ref's mount_path, else a directory
+          named by the content in the system's temporary directory
+
+One argument alone is DEST if it begins with /, ./, ../ or ~, else it is A.
+"""
 # What tells a local path from every spelling of a dataset.
 _LOCAL_PATH = re.compile(r"/|~|\.\.?(/|$)")
 
@@ -58,20 +71,11 @@ def _add_get(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "get",
         help="download a dataset, verify it, and print its local path",
         usage="%(prog)s [-h] [--dir | --file] [--project ID] [--user-project ID] [A] [DEST]",
-        description="Download a dataset, verify it, and print its local path.",
-        epilog="One argument alone is DEST if it begins with /, ./, ../ or ~, else it is A.",
+        description=_GET,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "places",
-        nargs="*",
-        metavar="A DEST",
-        help="A: the dataset: a data ref as JSON, a gs:// URI (one that ends in / is a directory), "
-        f"or - for standard input (default: ${REF_VARIABLE}). "
-        "DEST: the directory that becomes the dataset, or that gets the single file under its own "
-        "name; a dataset that is there already is verified and reused (default: the ref's "
-        "mount_path, else a directory named by the content in the system's temporary directory)",
-    )
+    parser.add_argument("places", nargs="*", help=argparse.SUPPRESS)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--dir", action="store_true", help="the gs:// URI is a directory")
     kind.add_argument("--file", action="store_true", help="the gs:// URI is a single file")
