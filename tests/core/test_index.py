@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from contextlib import closing
 from itertools import islice
@@ -395,6 +396,51 @@ def test_an_index_that_cannot_be_written_is_one_line(tree, tmp_path, caplog):
     _hash(tree, str(tmp_path / "file" / "index"))
     [record] = caplog.records
     assert "could not be written" in record.getMessage()
+
+
+def test_an_index_that_cannot_be_written_is_read_all_the_same():
+    # Not tmp_path, which only its owner can enter; and as nobody, since root may write everywhere.
+    base = Path(tempfile.mkdtemp())
+    index = base / "cache" / "index"
+    try:
+        base.chmod(0o755)
+        for name in ("old", "new"):
+            _write(base / "data" / name, name.encode())
+            _hash(base / "data", str(index))
+            index.chmod(0o444)
+            index.parent.chmod(0o555)
+        script = """
+import logging, os, sys
+from keras_remote_airflow.core.disk.hashing import HashingConfig, take_snapshot
+from keras_remote_airflow.core.disk.index import HashIndex
+opened = []
+sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
+logging.basicConfig(stream=sys.stdout)
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+config = HashingConfig(index_settle_seconds=-1000)
+for _ in range(2):
+    print(take_snapshot(sys.argv[1], sys.argv[2], config=config).content_hash)
+print(opened.count("old"), opened.count("new"), opened.count("newer"))
+"""
+        _write(base / "data" / "newer", b"newer")
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(base / "data"), str(index)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        *lines, opened = done.stdout.splitlines()
+        assert [line for line in lines if " " not in line] == [_hash(base / "data")] * 2
+        assert len([line for line in lines if "could not be written" in line]) == 2
+        assert len(lines) == 4
+        assert opened == "0 0 2"
+    finally:
+        index.parent.chmod(0o755)
+        shutil.rmtree(base)
 
 
 def test_one_index_serves_several_roots_and_forgets_those_that_are_gone(tree, tmp_path, index):
