@@ -117,7 +117,7 @@ def parse_data_ref(value: object) -> DataRef:
     if not isinstance(fields, dict) or not is_data_ref(fields):
         hint = ""
         if isinstance(value, str) and value.startswith("gs://"):
-            hint = ". A URI alone does not say enough: make_data_ref(uri, is_dir) makes a ref of it"
+            hint = ". A URI alone does not say enough: make_data_ref(uri, is_dir) makes a ref"
         raise InvalidInputError(
             f"not a data ref: {_shorten(value)}; expected the dict that DataUploadOperator and "
             f'CacheSensor push, with "__data_ref__": true, or its text{hint}'

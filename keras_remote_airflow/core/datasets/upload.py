@@ -245,11 +245,11 @@ def _check_names(snapshot: Snapshot, key: CacheKey) -> None:
             )
 
 
-def warn_of_odd_data(snapshot: Snapshot, large_bytes: int = LARGE_BYTES) -> None:
-    """Log a warning for a dataset without files, and for one of more than `large_bytes`."""
+def warn_of_odd_data(snapshot: Snapshot) -> None:
+    """Log a warning for a dataset without files, and for one of more than `LARGE_BYTES`."""
     if not len(snapshot):
         _log.warning("%s holds no files: an empty dataset. Is the volume mounted?", snapshot.root)
-    if snapshot.total_bytes > large_bytes:
+    if snapshot.total_bytes > LARGE_BYTES:
         _log.warning(
             "%s holds %s. For data of this size consider keeping it on Cloud Storage and passing "
             'its URI (Data("gs://…")), with I/O that streams (tf.data, grain)',
