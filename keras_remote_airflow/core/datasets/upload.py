@@ -292,9 +292,10 @@ def _send(
 ) -> None:
     """Store these files of the snapshot, except those that another uploader stores meanwhile.
 
-    Files are sent in rounds, each twice as large as the one before, until another uploader of the
-    same data shows. From then on its objects are listed, as often as a listing costs no more
-    requests than trying to send what is already there.
+    Trying to send a file that another uploader has stored costs a request; listing the objects costs
+    one for each 1,000 files. So files are sent in rounds, each twice as large as the one before. When
+    the files found stored have cost more requests than a listing, the objects are listed and the
+    rounds begin anew.
     """
     found_there = 0
 
