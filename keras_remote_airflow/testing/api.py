@@ -17,7 +17,7 @@ from .access import Access
 from .batch import batch_answer
 from .buckets import Buckets
 from .calls import Answer, Call, Receiver, error_answer, json_answer
-from .errors import ApiError, RangeError, invalid, not_found
+from .errors import ApiError, RangeError, invalid, not_found, required
 from .hashes import hash_header
 from .objects import SETTABLE, NewObject, Preconditions, StoredObject, changed_fields, check_name
 from .resources import bucket_resource, object_answer, object_resource
@@ -30,10 +30,11 @@ MAX_COMPOSE_SOURCES = 32  # https://cloud.google.com/storage/docs/composite-obje
 
 # Headers of a download that are settings of the object.
 _DOWNLOAD_HEADERS = {
-    "cacheControl": "Cache-Control",
-    "contentDisposition": "Content-Disposition",
-    "contentEncoding": "Content-Encoding",
-    "contentLanguage": "Content-Language",
+    "cacheControl": ["Cache-Control"],
+    "contentDisposition": ["Content-Disposition"],
+    "contentEncoding": ["Content-Encoding", "X-Goog-Stored-Content-Encoding"],
+    "contentLanguage": ["Content-Language"],
+    "storageClass": ["X-Goog-Storage-Class"],
 }
 
 
@@ -64,9 +65,11 @@ class Api:
                     return self._uploads.receive(call, bucket)
                 case ["batch", "storage", "v1"] if call.method == "POST":
                     return Receiver(lambda: batch_answer(call, answer_batched), call.body.extend)
+                case ["storage", *_]:
+                    return Receiver(lambda: self.answer(call), call.body.extend)
         except ApiError as exc:
             return Receiver(partial(error_answer, exc))
-        return Receiver(lambda: self.answer(call), call.body.extend)
+        return Receiver(lambda: self.answer(call))
 
     def answer(self, call: Call) -> Answer:
         """Answer a request whose body is in `call.body`. May raise ApiError."""
@@ -118,7 +121,7 @@ class Api:
             resource = call.json()
             name = resource.get("name")
             if not isinstance(name, str):
-                raise ApiError(400, "required", "Required parameter: name")
+                raise required("name")
             bucket = self._buckets.create_bucket(name, bucket_settings(resource))
             return json_answer(call, bucket_resource(bucket, call.base_url))
         if not call.reads:
@@ -223,19 +226,19 @@ class Api:
         if call.query.get("alt") != "media":
             return self._resource(call, stored)
         headers = {
-            "Content-Type": stored.content_type or "application/octet-stream",
+            "Content-Type": _header_value(stored.content_type or "application/octet-stream"),
             "ETag": f'"{stored.generation}"',
             "Last-Modified": formatdate(stored.updated / 1e6, usegmt=True),
             "X-Goog-Generation": str(stored.generation),
             "X-Goog-Metageneration": str(stored.metageneration),
             "X-Goog-Hash": hash_header(stored.crc32c, stored.md5),
-            "X-Goog-Storage-Class": stored.settings.get("storageClass", "STANDARD"),
+            "X-Goog-Storage-Class": "STANDARD",
             "X-Goog-Stored-Content-Length": str(stored.size),
-            "X-Goog-Stored-Content-Encoding": stored.settings.get("contentEncoding", "identity"),
+            "X-Goog-Stored-Content-Encoding": "identity",
         }
-        for setting, header in _DOWNLOAD_HEADERS.items():
+        for setting, names in _DOWNLOAD_HEADERS.items():
             if setting in stored.settings:
-                headers[header] = stored.settings[setting]
+                headers |= dict.fromkeys(names, _header_value(stored.settings[setting]))
         start, end, status = 0, stored.size, 200
         wanted = parse_range(call.headers.get("range", ""), stored.size)
         if wanted is not None:
@@ -244,12 +247,7 @@ class Api:
             if start >= end:
                 raise RangeError(stored.size)
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{stored.size}"
-        return Answer(
-            status,
-            {name: _header_value(value) for name, value in headers.items()},
-            stream=stored.body.read(start, end),
-            length=end - start,
-        )
+        return Answer(status, headers, stream=stored.body.read(start, end), length=end - start)
 
     def _resource(self, call: Call, stored: StoredObject) -> Answer:
         return object_answer(call, stored, self._buckets[stored.bucket])
@@ -302,7 +300,7 @@ class Api:
         check_name(name)
         self._access.need_write(bucket, name, Preconditions.from_query(call.query))
         stored = self._buckets.copy(source, bucket, new)
-        if "copyTo" in call.path.split("/"):
+        if call.parts[6] == "copyTo":
             return self._resource(call, stored)
         answer = {
             "kind": "storage#rewriteResponse",

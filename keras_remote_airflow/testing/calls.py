@@ -153,7 +153,7 @@ def json_answer(call: Call, value: dict[str, Any]) -> Answer:
     """200, with what the call's `fields` select."""
     tree = call.field_tree
     chosen = select(value, tree) if tree else value
-    return Answer(200, _JSON, json.dumps(chosen, ensure_ascii=False).encode())
+    return Answer(200, _JSON, json.dumps(chosen, ensure_ascii=False).encode(errors="replace"))
 
 
 def error_answer(exc: ApiError, *, plain: bool = False) -> Answer:

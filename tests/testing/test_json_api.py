@@ -410,6 +410,29 @@ def test_copies_keep_bytes_and_metadata(call: Any, verb: str) -> None:
     assert call.server.objects("other")["x/y"].data == b"data"
 
 
+def test_a_name_may_be_a_verb(call: Any) -> None:
+    call.media("copyTo", b"data")
+    assert call("POST", "/storage/v1/b/demo/o/copyTo/rewriteTo/b/demo/o/compose", {}).json["done"]
+    assert call.download("compose").body == b"data"
+
+
+def test_settings_of_the_object_are_headers_of_a_download(call: Any) -> None:
+    settings = {
+        "contentEncoding": "gzip",
+        "contentLanguage": "de",
+        "contentDisposition": 'inline; filename="a\r\nb"',
+        "storageClass": "NEARLINE",
+    }
+    made = call.multipart({"name": "x", "contentType": "text/\ud800", **settings}, b"data")
+    assert made.json["contentType"] == "text/?"
+    headers = call.download("x").headers
+    assert headers["content-encoding"] == headers["x-goog-stored-content-encoding"] == "gzip"
+    assert headers["content-language"] == "de"
+    assert headers["content-disposition"] == 'inline; filename="a  b"'
+    assert headers["x-goog-storage-class"] == "NEARLINE"
+    assert headers["content-type"] == "text/?"
+
+
 def test_an_object_can_be_rewritten_onto_itself(call: Any) -> None:
     before = call.media("a", b"data").json
     call("POST", "/storage/v1/b/demo/o/a/rewriteTo/b/demo/o/a", {"metadata": {"k": "v"}})
