@@ -44,8 +44,8 @@ def open_bucket(
             from the environment (application default credentials, `STORAGE_EMULATOR_HOST`).
         project: project id for a client made here; None takes the environment's.
         retry: when to retry; None takes the defaults.
-        user_project: id of the project that is billed for the requests, for buckets of which the
-            requester pays; None leaves that to the bucket's owner.
+        user_project: id of the project that is billed for the requests, for a bucket whose
+            requester pays; None bills the bucket's owner.
     """
     from keras_remote_airflow.core.cloud.credentials import is_outage
     from keras_remote_airflow.core.cloud.gcs import GcsStore

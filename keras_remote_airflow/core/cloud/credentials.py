@@ -37,8 +37,8 @@ class AccessTokens:
         if credentials is None:
             return headers
         if not credentials.valid:
-            # All requests share one fetch, its failure included: in turn, each would wait for as
-            # long as a token server that never answers makes it wait.
+            # All requests share one fetch, and its failure. If they fetched in turn, each of them
+            # would wait for the timeout of a token server that never answers.
             if self._fetch is None or self._fetch.done():
                 loop = asyncio.get_running_loop()
                 self._fetch = loop.run_in_executor(None, _refresh, credentials)
@@ -62,7 +62,7 @@ class AccessTokens:
         return True
 
     def close(self) -> None:
-        """Wait for no token any more."""
+        """Cancel a fetch that is under way."""
         if self._fetch:
             self._fetch.cancel()
 
@@ -100,7 +100,7 @@ def is_outage(error: "GoogleAuthError") -> bool:
     if isinstance(outage, TransportError):
         status = getattr(outage.args[-1], "status", None) if outage.args else None
         return status is None or status in RETRYABLE
-    # Token endpoints say it themselves; of impersonation there is only the answer's JSON.
+    # Token endpoints say whether to retry; for impersonation only the answer's JSON tells.
     with suppress(LookupError, TypeError, ValueError):
         return json.loads(error.args[1])["error"]["code"] in RETRYABLE
     return bool(error.retryable)

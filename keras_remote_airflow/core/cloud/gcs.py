@@ -54,7 +54,7 @@ DIGEST_KEY = "keras-remote-digest"
 _SINGLE_REQUEST_BYTES = 8 << 20
 # What one streamed transfer keeps in memory: a chunk here, and about as much in socket buffers.
 _STREAMING_BYTES = 2 * CHUNK_BYTES
-# Drawn once a process: no content can have known it.
+# Random for each process, so that no content contains it on purpose.
 _BOUNDARY = secrets.token_hex(16)
 _CRC32C_HEADER = re.compile(r"crc32c=([A-Za-z0-9+/=]+)")
 
@@ -175,7 +175,7 @@ class GcsStore:
                     group.create_task(worker())
         except BaseExceptionGroup as group_error:
             error = group_error.exceptions[0]
-            raise error from error.__cause__  # from None would take the cause that it has
+            raise error from error.__cause__  # "from None" would remove its cause
 
     async def _send_whole(self, file: FileToSend, transit: Transit) -> bool:
         """Send a file in one multipart request; return False if the object was there."""
@@ -272,7 +272,7 @@ class GcsStore:
         if status != 400:
             return status
         # 400 is how Cloud Storage refuses bytes that are not the declared ones. Were they damaged
-        # on the way, or has the file changed? The disk knows.
+        # on the way, or has the file changed? The file on disk tells.
         await check_unchanged(file)
         if b"crc32c" in body.lower() or b"checksum" in body.lower() or b"hash" in body.lower():
             raise RetryableError("the bytes were damaged on the way (HTTP 400)", 400)
@@ -408,7 +408,7 @@ def _understanding(body: bytes) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise RefusedError(
-            f"what answered is not Cloud Storage, or not all of it ({body[:80]!r}). Check the "
+            f"the answer is not one of Cloud Storage, or is incomplete ({body[:80]!r}). Check the "
             "endpoint, STORAGE_EMULATOR_HOST and the proxy."
         ) from exc
 

@@ -5,7 +5,8 @@ import time
 from collections import deque
 
 _FIRST_LIMIT = 16
-# Requests that are in flight together are all told "too many": that is one reason to halve.
+# Requests that are in flight together are refused together. That is one reason to halve the limit,
+# not many.
 _SECONDS_BETWEEN_HALVINGS = 1.0
 
 

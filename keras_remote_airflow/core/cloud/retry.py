@@ -1,4 +1,4 @@
-"""Which failures are tried again, when, and how the last one is told."""
+"""Which failures are tried again, when, and the error for the last one."""
 
 import asyncio
 import json
@@ -23,7 +23,10 @@ _T = TypeVar("_T")
 RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _THROTTLED = frozenset({429, 503})
 REMEDIES = {
-    400: "The request itself was refused.",
+    400: (
+        "The request itself was refused. If the bucket is one whose requester pays, pass "
+        "user_project."
+    ),
     401: "The credentials were not accepted: check the connection or the service account key.",
     403: (
         "The account lacks a permission on the bucket: roles/storage.objectViewer reads it, "
@@ -143,7 +146,7 @@ class Retrier:
             if failures == 1:
                 first_failure = now
             status = getattr(error, "status", None)
-            # On a slow line it is our own number of requests that makes them time out.
+            # On a slow line, too many requests at once make each other time out.
             if status in _THROTTLED or isinstance(error, TimeoutError):
                 self._limiter.decrease()
             pause = max(self._policy.pause(failures), getattr(error, "retry_after", 0.0))

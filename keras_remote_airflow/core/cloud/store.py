@@ -65,7 +65,7 @@ class ObjectToFetch(NamedTuple):
 
 
 def ignore_moved(moved: int) -> None:
-    """Nobody wants to know how many bytes moved."""
+    """Ignore how many bytes moved."""
 
 
 class ObjectStore(Protocol):
@@ -76,7 +76,7 @@ class ObjectStore(Protocol):
     def read(self, name: str) -> bytes | None:
         """Return a marker's content, or None if there is no such object.
 
-        Of one above `MAX_MARKER_BYTES` it returns only as much as shows that.
+        If it is larger than `MAX_MARKER_BYTES`, only a little more than that is returned.
         """
 
     def list_page(self, prefix: str, token: str | None = None) -> Page:

@@ -28,7 +28,7 @@ _MAX_CORRUPT = 5
 
 
 class Transit:
-    """How far a large file has come; tells it so that no byte counts twice, as `upload` says."""
+    """How far a large file has come, reported so that no byte counts twice; see `ObjectStore`."""
 
     def __init__(self, moved: Callable[[int], None]) -> None:
         self._moved = moved
@@ -65,7 +65,7 @@ class Disk:
 
 
 class Source:
-    """A local file, open for one attempt and still the one that was hashed."""
+    """A local file, open for one attempt; it must still be the one that was hashed."""
 
     def __init__(self, file: FileToSend) -> None:
         self._file = file
@@ -151,7 +151,10 @@ class Sink:
         self.size += len(piece)
 
     def check(self) -> None:
-        """Raise unless the bytes are those of the object: for another attempt, a few times."""
+        """Raise unless the bytes are those of the object.
+
+        RetryableError the first few times, then IntegrityError.
+        """
         if (self.size, self._crc32c) == (self._info.size, self._info.crc32c):
             return
         found = f"{self.size} bytes with CRC32C {encode_crc32c(self._crc32c)}"
@@ -174,8 +177,8 @@ def read_whole(file: FileToSend) -> bytes:
 async def check_unchanged(file: FileToSend) -> None:
     """Raise DataChangedError unless the file still is the one that was hashed.
 
-    It is read in another thread, so that other transfers go on, and by pieces, so that none is
-    left behind when all is to end.
+    It is read in another thread, so that other transfers go on, and piece by piece, so that no
+    thread is still reading after the transfer was cancelled.
     """
     crc32c = 0
     with Source(file) as source:

@@ -37,7 +37,7 @@ MAX_REQUESTS = 128
 _MAX_BYTES = 32 << 20
 _CONNECT_SECONDS = 30.0
 _THREADS = 32  # for what blocks, such as reading from a slow disk: as many as hashing uses
-# Of a body that streams in: read at a time.
+# Bytes of a streamed body that are read at a time.
 _CHUNK_BYTES = 1 << 20
 _ERROR_BYTES = 4096  # of the body of an answer that was not expected
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -60,9 +60,9 @@ class Transport:
     Args:
         client: the google.cloud.storage.Client whose credentials and endpoint to use.
         policy: when to retry.
-        user_project: id of the project that is billed for the requests, as buckets of which the
-            requester pays want it (https://cloud.google.com/storage/docs/requester-pays); None
-            leaves that to the bucket's owner.
+        user_project: id of the project that is billed for the requests, for a bucket whose
+            requester pays (https://cloud.google.com/storage/docs/requester-pays); None bills the
+            bucket's owner.
         limiter: how many requests may be in flight; None takes the defaults.
     """
 
@@ -136,8 +136,8 @@ class Transport:
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError(
-                "what is handed to upload or download is consumed on the store's own thread and "
-                "must not use its own store: the call would wait for itself"
+                "an iterable that is passed to upload or download must not use its own store: the "
+                "store's thread consumes it, and would wait for itself"
             )
         if os.getpid() != self._pid:
             work.close()
