@@ -161,7 +161,7 @@ class HashIndex:
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
             if self._is_damaged:
                 self._remove()
-            with suppress(FileExistsError):  # names are as private as what they stand for
+            with suppress(FileExistsError):  # only for this user: file names can be private
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             with closing(self._connect("rwc")) as db:
                 db.execute(_SMALL_CACHE)
@@ -185,7 +185,8 @@ class HashIndex:
             code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
             is_wrong = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
             self._may_write = self._is_damaged = self._db is not None and is_wrong
-            _log.warning("Hash index %s is ignored: %s", self._path, exc)
+            hint = ". It is left alone: delete it, or name another file" if self._db is None else ""
+            _log.warning("Hash index %s is ignored: %s%s", self._path, exc, hint)
 
     def _open(self) -> None:
         try:
@@ -316,7 +317,7 @@ def _is_index(db: sqlite3.Connection) -> bool:
     if application_id == APPLICATION_ID:
         raise ValueError(f"it has user_version {version}, this version reads {FORMAT_VERSION}")
     if application_id or db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall():
-        raise ValueError("it is another program's database, which is left alone")
+        raise ValueError("it is another program's database")
     return False
 
 
