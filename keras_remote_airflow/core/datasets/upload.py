@@ -292,10 +292,10 @@ def _send(
 ) -> None:
     """Store these files of the snapshot, except those that another uploader stores meanwhile.
 
-    Trying to send a file that another uploader has stored costs a request; listing the objects costs
-    one for each 1,000 files. So files are sent in rounds, each twice as large as the one before. When
-    the files found stored have cost more requests than a listing, the objects are listed and the
-    rounds begin anew.
+    Trying to send a file that another uploader has stored costs a request; listing the objects
+    costs one for each 1,000 files. So files are sent in rounds, each twice as large as the one
+    before. When the files found stored have cost more requests than a listing, the objects are
+    listed and the rounds begin anew.
     """
     found_there = 0
 
