@@ -37,6 +37,10 @@ ENDINGS = {
 }
 
 
+# Functions that return a message for others to raise.
+_RETURNED_BY = {"missing_requirement"}
+
+
 def read_messages() -> dict[str, str]:
     """Return each message's text and where it stands."""
     found = {}
@@ -45,17 +49,31 @@ def read_messages() -> dict[str, str]:
         if "testing" in path.relative_to(ROOT).parts:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and node.args and _name(node.func) in _RAISERS:
-                # Errors of the system have their number first.
-                message = node.args[1 if _name(node.func) == "BlockingIOError" else 0]
+            for message in _messages_in(node):
+                where = f"{path.relative_to(ROOT.parent)}:{message.lineno}"
                 for text in _texts(message):
                     text = re.sub(r"%[\d.]*[sdfr]", "…", text)  # what a logger fills in
                     if text.strip("… .:"):
-                        where = f"{path.relative_to(ROOT.parent)}:{node.lineno}"
-                        endings = ENDINGS.get(text, ["…"])
-                        whole = [text.removesuffix("…") + ending for ending in endings]
-                        found |= dict.fromkeys(whole if text in ENDINGS else [text], where)
+                        found |= dict.fromkeys(_whole(text), where)
     return found
+
+
+def _messages_in(node: ast.AST) -> list[ast.expr]:
+    if isinstance(node, ast.Call) and node.args and _name(node.func) in _RAISERS:
+        # Errors of the system have their number first.
+        return [node.args[1 if _name(node.func) == "BlockingIOError" else 0]]
+    if isinstance(node, ast.FunctionDef) and node.name in _RETURNED_BY:
+        returns = [inner for inner in ast.walk(node) if isinstance(inner, ast.Return)]
+        return [
+            inner.value for inner in returns if isinstance(inner.value, ast.JoinedStr | ast.BinOp)
+        ]
+    return []
+
+
+def _whole(text: str) -> list[str]:
+    return (
+        [text.removesuffix("…") + ending for ending in ENDINGS[text]] if text in ENDINGS else [text]
+    )
 
 
 def read_texts() -> list[str]:
