@@ -93,7 +93,7 @@ class Api:
             case []:
                 return self._bucket(call, bucket)
             case ["iam"] if call.reads:
-                self._buckets[bucket]  # there must be one
+                self._buckets[bucket]  # 404 if there is none
                 return json_answer(call, {"kind": "storage#policy", "bindings": [], "version": 1})
             case ["iam", "testPermissions"] if call.reads:
                 return self._test_permissions(call, bucket)
@@ -158,7 +158,7 @@ class Api:
         return json_answer(call, bucket_resource(bucket, call.base_url))
 
     def _test_permissions(self, call: Call, bucket: str) -> Answer:
-        self._buckets[bucket]  # there must be one
+        self._buckets[bucket]  # 404 if there is none
         asked = parse_qs(call.query_string).get("permissions", [])
         granted = self._access.granted(asked)
         answer = {"kind": "storage#testIamPermissionsResponse", "permissions": granted}
@@ -252,7 +252,7 @@ class Api:
     def _resource(self, call: Call, stored: StoredObject) -> Answer:
         return object_answer(call, stored, self._buckets[stored.bucket])
 
-    # Making objects of others.
+    # Objects made from other objects.
 
     def _source(
         self, call: Call, bucket: str, name: str, generation: str | None = None

@@ -119,7 +119,7 @@ class Buckets:
 
     def spool(self, bucket: str) -> Spool:
         """Where the bytes of an upload to `bucket` may go as they arrive."""
-        self[bucket]  # there must be one
+        self[bucket]  # 404 if there is none
         return Spool(None if self._folder is None else self._folder.data_directory(bucket))
 
     def get(

@@ -17,6 +17,7 @@ from .calls import Call
 Action = Literal[
     "status", "drop_before", "drop_after", "stall", "truncate", "garbage", "corrupt", "bad_hash"
 ]
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 # A server that runs for days must not fill the memory with its log.
 MAX_LOGGED_REQUESTS = 250_000
 
@@ -60,6 +61,8 @@ class Fault:
         if self.nth < 1 or self.times < 0:
             raise ValueError(f"nth counts from 1 and times from 0: {self}")
         re.compile(self.path)
+        if _CONTROLS.search("".join([*self.headers, *self.headers.values()])):
+            raise ValueError(f"a header has no control characters; try action='garbage': {self}")
 
     @property
     def injects_status(self) -> bool:

@@ -156,7 +156,7 @@ async def _send_spoilt(
     if fault.action == "corrupt" and answer.status in (200, 206):
         answer = replace(answer, stream=_flip_bit(answer.pieces, at))
     if fault.action == "garbage" and request.transport is not None:
-        request.transport.write(b"HTTP/1.1 200 OK\r\nno\nheader\r\n\r\n")
+        request.transport.write(b"this is not HTTP\r\n\r\n")
         request.transport.close()
         return web.Response()
     if fault.action not in ("truncate", "stall") or at >= answer.length:

@@ -77,7 +77,7 @@ class TestGoogleCloudStorage:
     ) -> None:
         server.put("demo", "x", b"data")
         for action in ("corrupt", "bad_hash"):
-            server.add_fault(Fault(action=action))  # type: ignore[arg-type]
+            server.add_fault(Fault(action=action))
             with pytest.raises(Exception, match="Checksum mismatch"):
                 client.bucket("demo").blob("x").download_as_bytes()
 

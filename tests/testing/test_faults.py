@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
+from http.client import HTTPException
 from typing import Any
 
 import pytest
@@ -238,3 +239,23 @@ def test_a_fault_that_makes_no_sense_is_refused() -> None:
         Fault(nth=0)
     with pytest.raises(Exception, match="unterminated"):
         Fault(path="[")
+    with pytest.raises(ValueError, match="control characters"):
+        Fault(headers={"Bad\nHeader": "x"})
+
+
+def test_garbage_is_not_http(call: Any, new_caller: Any) -> None:
+    call.server.add_fault(Fault(path="name=x", action="garbage"))
+    with pytest.raises(HTTPException):
+        new_caller(call.server).media("x", b"data")
+    assert set(call.server.objects("demo")) == {"x"}
+
+
+def test_connections_are_counted(call: Any, new_caller: Any) -> None:
+    call.media("x", b"")
+    assert call.server.connections == 1
+    other = new_caller(call.server)
+    other.media("y", b"")
+    assert call.server.connections == 2
+    other.connection.close()
+    while call.server.connections > 1:
+        threading.Event().wait(0.001)
