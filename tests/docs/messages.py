@@ -43,7 +43,7 @@ _RETURNED_BY = {"missing_requirement"}
 
 def read_messages() -> dict[str, str]:
     """Return each message's text and where it stands."""
-    found = {}
+    found: dict[str, str] = {}
     for path in sorted(ROOT.rglob("*.py")):
         # The local server answers as Cloud Storage does; its words are not ours.
         if "testing" in path.relative_to(ROOT).parts:

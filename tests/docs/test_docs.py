@@ -25,7 +25,10 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,35 +37,48 @@ from keras_remote_airflow import Data, make_data_ref, upload_data
 from keras_remote_airflow.core import errors
 from keras_remote_airflow.core.cloud.retry import REMEDIES
 from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey, parse_marker
+from keras_remote_airflow.testing import StorageServer
 
 from .messages import ENDINGS, read_messages, read_texts
-from .pages import PAGES, REPOSITORY, anchor, read_blocks, read_commands, read_headings, read_prose
+from .pages import (
+    PAGES,
+    REPOSITORY,
+    Block,
+    anchor,
+    read_blocks,
+    read_commands,
+    read_headings,
+    read_prose,
+)
 
 LANGUAGES = {"python", "console", "json", "shell", "text"}
 DOCS = REPOSITORY / "docs"
 TROUBLESHOOTING = DOCS / "troubleshooting.md"
 MKDOCS = REPOSITORY / "mkdocs.yml"
 
+SaveDag = Callable[[str, str], Path]
+Definition = ast.ClassDef | ast.FunctionDef
 
-def _id(page):
+
+def _id(page: Path) -> str:
     return str(page.relative_to(REPOSITORY))
 
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=_id)
 
 
-def _pages_with(wanted):
+def _pages_with(wanted: Callable[[Block], bool]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         "page", [page for page in PAGES if any(map(wanted, read_blocks(page)))], ids=_id
     )
 
 
-def _is_script(block):
+def _is_script(block: Block) -> bool:
     return block.language == "python" and not (block.file_name or block.is_dag_file)
 
 
 @pytest.fixture
-def environment():
+def environment() -> dict[str, str]:
     """Environment of a subprocess: this Python first, and nothing set that a reader has not set."""
     inherited = {
         name: value
@@ -79,7 +95,7 @@ def environment():
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path: Path) -> Path:
     """A folder with every file that the pages say to save."""
     for page in PAGES:
         for block in read_blocks(page):
@@ -91,7 +107,7 @@ def project(tmp_path):
 
 
 @pytest.fixture
-def example_data(gcs_server, tmp_path):
+def example_data(gcs_server: StorageServer, tmp_path: Path) -> str:
     """A dataset for what a page calls /data/…, and the bucket that it calls my-bucket."""
     gcs_server.create_bucket("my-bucket")
     folder = tmp_path / "example"
@@ -101,7 +117,9 @@ def example_data(gcs_server, tmp_path):
     return str(folder)
 
 
-def _run(command, environment, folder, timeout=240):
+def _run(
+    command: list[str], environment: dict[str, str], folder: Path, timeout: float = 240
+) -> tuple[int, str]:
     """Run a command, and end whatever it leaves running; return exit status and output."""
     with subprocess.Popen(
         command,
@@ -125,12 +143,18 @@ def _run(command, environment, folder, timeout=240):
 
 
 @every_page
-def test_a_page_uses_only_fences_that_say_whether_they_are_run(page):
+def test_a_page_uses_only_fences_that_say_whether_they_are_run(page: Path) -> None:
     assert {block.language for block in read_blocks(page)} <= LANGUAGES
 
 
 @_pages_with(_is_script)
-def test_python_examples_run(page, airflow_home, environment, gcs_server, tmp_path):
+def test_python_examples_run(
+    page: Path,
+    airflow_home: dict[str, str],
+    environment: dict[str, str],
+    gcs_server: StorageServer,
+    tmp_path: Path,
+) -> None:
     lines = [""] * len(page.read_text(encoding="utf-8").splitlines())
     for block in filter(_is_script, read_blocks(page)):
         code = block.text.splitlines()
@@ -144,7 +168,7 @@ def test_python_examples_run(page, airflow_home, environment, gcs_server, tmp_pa
     assert status == 0, output
 
 
-def test_dag_examples_are_parsed_by_airflow(airflow_home, tmp_path):
+def test_dag_examples_are_parsed_by_airflow(airflow_home: dict[str, str], tmp_path: Path) -> None:
     for page in PAGES:
         for number, block in enumerate(read_blocks(page)):
             if block.is_dag_file:
@@ -171,10 +195,10 @@ print("result:", json.dumps([bag.import_errors, files]))
 
 
 @pytest.fixture
-def dag_example(example_data, tmp_path):
+def dag_example(example_data: str, tmp_path: Path) -> SaveDag:
     """`dag_example(page, dag_id)` saves a DAG file of a page, with data that is there."""
 
-    def save(page, dag_id):
+    def save(page: str, dag_id: str) -> Path:
         (block,) = (
             block
             for block in read_blocks(REPOSITORY / page)
@@ -192,13 +216,22 @@ def dag_example(example_data, tmp_path):
 @pytest.mark.parametrize(
     ("page", "dag_id"), [("README.md", "train"), ("docs/consumers.md", "train_on_the_worker")]
 )
-def test_dag_examples_for_a_worker_run(page, dag_id, dag_example, run_dag, gcs_server, tmp_path):
+def test_dag_examples_for_a_worker_run(
+    page: str,
+    dag_id: str,
+    dag_example: SaveDag,
+    run_dag: Any,
+    gcs_server: StorageServer,
+    tmp_path: Path,
+) -> None:
     run = run_dag(dag_example(page, dag_id), dag_id, **gcs_server.env(), TMPDIR=str(tmp_path))
     assert len(run.states) >= 2
     assert set(run.states.values()) == {"success"}, run.log
 
 
-def test_the_dag_examples_for_changed_data_run(dag_example, run_scheduler, gcs_server, tmp_path):
+def test_the_dag_examples_for_changed_data_run(
+    dag_example: SaveDag, run_scheduler: Any, gcs_server: StorageServer, tmp_path: Path
+) -> None:
     dag_file = dag_example("docs/airflow.md", "train_on_words")
     # The one waits for an event that the other one's run adds.
     runs = run_scheduler(dag_file, "train_on_words", **gcs_server.env(), TMPDIR=str(tmp_path))
@@ -206,7 +239,13 @@ def test_the_dag_examples_for_changed_data_run(dag_example, run_scheduler, gcs_s
 
 
 @_pages_with(lambda block: block.language == "console")
-def test_commands_print_what_the_page_shows(page, environment, project, example_data, gcs_server):
+def test_commands_print_what_the_page_shows(
+    page: Path,
+    environment: dict[str, str],
+    project: Path,
+    example_data: str,
+    gcs_server: StorageServer,
+) -> None:
     commands = [
         pair
         for block in read_blocks(page)
@@ -236,7 +275,7 @@ def test_commands_print_what_the_page_shows(page, environment, project, example_
         assert re.search(pattern, printed), f"$ {command}\n{printed}\nexpected:\n{shown}"
 
 
-def test_the_tests_that_users_are_shown_pass(environment, project):
+def test_the_tests_that_users_are_shown_pass(environment: dict[str, str], project: Path) -> None:
     status, output = _run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests"], environment, project
     )
@@ -245,7 +284,7 @@ def test_the_tests_that_users_are_shown_pass(environment, project):
 
 
 @every_page
-def test_links_lead_somewhere(page):
+def test_links_lead_somewhere(page: Path) -> None:
     text = read_prose(page)
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^]]+\]: (\S+)$", text, re.M)
     for target in targets:
@@ -260,7 +299,7 @@ def test_links_lead_somewhere(page):
     assert {f"[{name}]: " for name in names} <= set(re.findall(r"^\[[^]]+\]: ", text, re.M))
 
 
-def test_every_page_is_reachable_from_the_readme():
+def test_every_page_is_reachable_from_the_readme() -> None:
     reached, ahead = set(), [PAGES[0]]
     while ahead:
         page = ahead.pop()
@@ -270,7 +309,7 @@ def test_every_page_is_reachable_from_the_readme():
     assert set(PAGES) <= reached
 
 
-def test_every_page_is_in_the_navigation_of_the_site():
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
     listed = set(re.findall(r": ([\w./-]+\.md)$", MKDOCS.read_text(encoding="utf-8"), re.M))
     at_root = {"README.md": "index.md"}
     for page in PAGES:
@@ -281,12 +320,12 @@ def test_every_page_is_in_the_navigation_of_the_site():
         assert site_name in listed
 
 
-def test_every_example_dag_is_linked_from_the_readme():
+def test_every_example_dag_is_linked_from_the_readme() -> None:
     linked = set(re.findall(r"\]\((dags/\w+\.py)\)", read_prose(REPOSITORY / "README.md")))
     assert linked == {f"dags/{path.name}" for path in REPOSITORY.glob("dags/*.py")}
 
 
-def test_json_examples_are_json():
+def test_json_examples_are_json() -> None:
     blocks = [block for page in PAGES for block in read_blocks(page) if block.language == "json"]
     assert blocks
     for block in blocks:
@@ -296,14 +335,14 @@ def test_json_examples_are_json():
 # The formats
 
 
-def _plain_content_hash():
+def _plain_content_hash() -> Callable[[str], str]:
     code = next(b.text for b in read_blocks(DOCS / "formats.md") if "def content_hash" in b.text)
-    namespace = {}
+    namespace: dict[str, Callable[[str], str]] = {}
     exec(code, namespace)
     return namespace["content_hash"]
 
 
-def _vectors():
+def _vectors() -> Iterator[Any]:
     row = re.compile(r"^\| (file|directory) (.*?) \| `([0-9a-f]{64})` \|$", re.MULTILINE)
     for kind, data, digest in row.findall(read_prose(DOCS / "formats.md")):
         if kind == "file":
@@ -314,7 +353,9 @@ def _vectors():
 
 
 @pytest.mark.parametrize(("is_file", "files", "digest"), list(_vectors()))
-def test_the_hash_in_plain_python_and_ours_give_the_vectors_shown(is_file, files, digest, tmp_path):
+def test_the_hash_in_plain_python_and_ours_give_the_vectors_shown(
+    is_file: bool, files: dict[str, str], digest: str, tmp_path: Path
+) -> None:
     root = tmp_path / "data"
     root.mkdir()
     for name, content in files.items():
@@ -324,11 +365,13 @@ def test_the_hash_in_plain_python_and_ours_give_the_vectors_shown(is_file, files
     assert _plain_content_hash()(path) == Data(path).content_hash() == digest
 
 
-def test_all_four_vectors_are_shown():
+def test_all_four_vectors_are_shown() -> None:
     assert len(list(_vectors())) == 4
 
 
-def test_the_hash_in_plain_python_takes_the_order_and_the_links_that_ours_takes(tmp_path):
+def test_the_hash_in_plain_python_takes_the_order_and_the_links_that_ours_takes(
+    tmp_path: Path,
+) -> None:
     root = tmp_path / "data"
     names = ["a/x", "a.b/x", "a-b", "A", "a b/c/d", "z/é", "z/e\u0301", "\U0001f600", "\uffff"]
     for number, name in enumerate(names):
@@ -340,7 +383,7 @@ def test_the_hash_in_plain_python_takes_the_order_and_the_links_that_ours_takes(
     assert _plain_content_hash()(str(root)) == Data(str(root)).content_hash()
 
 
-def test_the_marker_shown_is_one():
+def test_the_marker_shown_is_one() -> None:
     block = next(b for b in read_blocks(DOCS / "formats.md") if b.language == "json")
     content_hash = json.loads(block.text)["content_hash"]
     receipt = parse_marker(
@@ -354,8 +397,8 @@ def test_the_marker_shown_is_one():
 
 
 def test_a_hit_costs_two_requests_and_a_miss_three_more_than_files(
-    gcs_server, gcs_bucket, tmp_path
-):
+    gcs_server: StorageServer, gcs_bucket: str, tmp_path: Path
+) -> None:
     for number in range(5):
         (tmp_path / str(number)).write_text(str(number))
     upload_data(gcs_bucket, str(tmp_path))
@@ -368,7 +411,7 @@ def test_a_hit_costs_two_requests_and_a_miss_three_more_than_files(
 # The error messages
 
 
-def _sections():
+def _sections() -> dict[str, str]:
     """Return the messages that troubleshooting.md has sections for, as regular expressions."""
     text = read_prose(TROUBLESHOOTING)
     ours, _, others = text.partition("\n## Messages of others\n")
@@ -377,7 +420,7 @@ def _sections():
     return {heading: r".*".join(map(re.escape, heading.split("…"))) for heading in shown}
 
 
-def test_every_message_has_a_section():
+def test_every_message_has_a_section() -> None:
     """A new message needs a heading in troubleshooting.md: its words, "…" for what varies."""
     sections = _sections().values()
     missing = [
@@ -388,7 +431,7 @@ def test_every_message_has_a_section():
     assert not missing, "\n".join(missing)
 
 
-def test_every_section_is_about_a_message_that_exists():
+def test_every_section_is_about_a_message_that_exists() -> None:
     messages = list(read_messages())
     # What failure() puts together.
     messages += [f"…: HTTP {status} …" for status in REMEDIES]
@@ -397,7 +440,7 @@ def test_every_section_is_about_a_message_that_exists():
         assert any(re.search(section, message) for message in messages), heading
 
 
-def test_what_is_quoted_in_a_list_is_said_by_the_code():
+def test_what_is_quoted_in_a_list_is_said_by_the_code() -> None:
     ours, _, _ = read_prose(TROUBLESHOOTING).partition("\n## Messages of others\n")
     quoted = re.findall(r"^- `(.*?)`:", ours, re.MULTILINE)
     assert quoted
@@ -407,16 +450,16 @@ def test_what_is_quoted_in_a_list_is_said_by_the_code():
         assert any(re.search(pattern, text) for text in texts), quote
 
 
-def test_endings_of_messages_are_said_by_the_code():
+def test_endings_of_messages_are_said_by_the_code() -> None:
     texts = read_texts()
     assert [e for endings in ENDINGS.values() for e in endings if e not in texts] == []
 
 
-def test_every_status_with_a_remedy_has_a_section():
+def test_every_status_with_a_remedy_has_a_section() -> None:
     assert {f"HTTP {status} …" for status in REMEDIES} <= set(_sections())
 
 
-def test_every_error_class_is_explained():
+def test_every_error_class_is_explained() -> None:
     text = read_prose(TROUBLESHOOTING)
     classes = [
         name
@@ -429,13 +472,13 @@ def test_every_error_class_is_explained():
 # The parameters
 
 
-def test_every_public_name_is_under_the_compatibility_policy():
+def test_every_public_name_is_under_the_compatibility_policy() -> None:
     text = (DOCS / "compatibility.md").read_text(encoding="utf-8")
     names = keras_remote_airflow.__all__
     assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
 
 
-def _definition(module, name):
+def _definition(module: str, name: str) -> Definition:
     """Return a function's or class's node in our source: to import it would import Airflow."""
     path = REPOSITORY.joinpath("keras_remote_airflow", *module.split(".")).with_suffix(".py")
     (found,) = (
@@ -446,27 +489,31 @@ def _definition(module, name):
     return found
 
 
-def _is_value(node):
+def _is_value(node: Definition) -> bool:
     """Whether it is a class that has fields and no __init__ of its own."""
     return isinstance(node, ast.ClassDef) and not any(
         isinstance(n, ast.FunctionDef) and n.name == "__init__" for n in node.body
     )
 
 
-def _parameters(node):
+def _parameters(node: Definition) -> set[str]:
     """Return the names of what a function, or a class's __init__, takes; of a value, its fields."""
     if _is_value(node):
-        return {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+        return {
+            n.target.id
+            for n in node.body
+            if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+        }
     if isinstance(node, ast.ClassDef):
         (node,) = (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     return {argument.arg for argument in arguments} - {"self"}
 
 
-def _described(node):
+def _described(node: Definition) -> set[str]:
     """Return the parameters that a docstring describes itself."""
     heading = "Attributes" if _is_value(node) else "Args"
-    docstring = ast.get_docstring(node)
+    docstring = ast.get_docstring(node) or ""
     section = re.search(rf"^{heading}:\n((?:    .*\n?|\n)+)", docstring, re.MULTILINE)
     if section is None:  # one that takes a thing or two may say so in its text
         return {name for name in _parameters(node) if f"`{name}`" in docstring}
@@ -474,9 +521,9 @@ def _described(node):
     return {name for line in names for name in line.split(", ")}
 
 
-def _described_elsewhere(node):
+def _described_elsewhere(node: Definition) -> set[str]:
     """Return the parameters of those that a docstring refers to: "... those of `upload_data`"."""
-    text = " ".join(ast.get_docstring(node).split())
+    text = " ".join((ast.get_docstring(node) or "").split())
     modules = {name: module for module, name in CALLED}
     referred = re.findall(r"\b(?:those of|as for|as in|see) `(\w+)`", text)
     return {
@@ -506,14 +553,14 @@ CALLED = [
 
 
 @pytest.mark.parametrize(("module", "name"), TASKS)
-def test_every_parameter_is_documented(module, name):
+def test_every_parameter_is_documented(module: str, name: str) -> None:
     text = "".join(read_prose(page) for page in PAGES)
     parameters = _parameters(_definition(module, name)) - AIRFLOWS_OWN
     assert [p for p in sorted(parameters) if not re.search(rf"`{p}\b", text)] == []
 
 
 @pytest.mark.parametrize(("module", "name"), CALLED)
-def test_docstrings_have_every_parameter_and_no_other(module, name):
+def test_docstrings_have_every_parameter_and_no_other(module: str, name: str) -> None:
     node = _definition(module, name)
     parameters = _parameters(node) - (AIRFLOWS_OWN if name == "LocalDataOperator" else set())
     described = _described(node)
@@ -521,7 +568,7 @@ def test_docstrings_have_every_parameter_and_no_other(module, name):
     assert parameters <= described | _described_elsewhere(node)
 
 
-def test_pages_show_the_figures_of_the_last_benchmark():
+def test_pages_show_the_figures_of_the_last_benchmark() -> None:
     benchmark = runpy.run_path(str(REPOSITORY / "tests/benchmarks/pages.py"))
     figures = json.loads((DOCS / "benchmark.json").read_text())
     for page, (_, write) in benchmark["SECTIONS"].items():
