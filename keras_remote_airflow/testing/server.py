@@ -22,6 +22,8 @@ from .objects import NewObject, StoredObject, check_name
 
 # Long enough for the slowest machine to bind a port; a server that cannot is broken.
 _START_SECONDS = 30.0
+# Clients keep idle connections: closing one at the wrong moment would look like a fault.
+_KEEPALIVE_SECONDS = 24 * 3600.0
 # Object names of 1024 bytes come percent-encoded, some requests have two, and page tokens are long.
 _MAX_LINE_BYTES = 64 * 1024
 
@@ -221,6 +223,7 @@ class StorageServer:
             handler_cancellation=True,
             auto_decompress=False,
             access_log=None,
+            keepalive_timeout=_KEEPALIVE_SECONDS,
             max_line_size=_MAX_LINE_BYTES,
             max_field_size=_MAX_LINE_BYTES,
         )

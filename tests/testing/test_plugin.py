@@ -60,7 +60,7 @@ def test_the_fixtures_use_a_server_that_is_set_already(
 
 
 def test_the_plugin_is_light() -> None:
-    # It is loaded in every pytest run of whoever installs the package.
+    # pytest loads it in every run once the package is installed.
     code = (
         "import sys, pytest; before = set(sys.modules); "
         "import keras_remote_airflow.testing.plugin; print(*set(sys.modules) - before)"

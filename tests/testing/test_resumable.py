@@ -143,10 +143,10 @@ def test_the_right_hash_on_the_final_chunk_is_accepted(call: Any) -> None:
 
 def test_preconditions_hold_at_the_beginning_and_at_the_end(call: Any) -> None:
     session = call.resumable({"name": "big"}, "&ifGenerationMatch=0").headers["location"]
-    call.media("big", b"somebody else was faster")
+    call.media("big", b"another upload was faster")
     assert call("PUT", session, b"late").status == 412
     assert call.resumable({"name": "big"}, "&ifGenerationMatch=0").status == 412
-    assert call.download("big").body == b"somebody else was faster"
+    assert call.download("big").body == b"another upload was faster"
 
 
 def test_dialects_of_clients_are_understood(call: Any) -> None:
