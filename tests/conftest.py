@@ -14,12 +14,14 @@ import gc
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -126,6 +128,54 @@ def airflow_home(
     return env
 
 
+class _ForkedAirflow:
+    """Runs commands of Airflow's in forks of one process: see tests/airflow/forked_airflow.py.
+
+    Settings of Airflow's that it reads on import are those of `env`, whatever a command's are.
+    """
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self._log = Path(env["AIRFLOW_HOME"], "forked.log")
+        self._process = subprocess.Popen(
+            [sys.executable, str(_HERE / "airflow" / "forked_airflow.py")],
+            env=env | {"PYTHONWARNINGS": "always"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log.with_name("import.log").open("wb"),
+            bufsize=0,
+            start_new_session=True,
+        )
+
+    def run(self, arguments: list[str], env: dict[str, str], timeout: float) -> str:
+        """Run one command, and return what it printed. Whatever it left running is ended."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._log.write_bytes(b"")
+        command = {"arguments": arguments, "env": env, "log": str(self._log)}
+        self._process.stdin.write(json.dumps(command).encode() + b"\n")
+        pid = int(self._process.stdout.readline())
+        ended, _, _ = select.select([self._process.stdout], [], [], timeout)
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        self._process.stdout.readline()  # its exit status
+        log = self._log.read_text(encoding="utf-8", errors="replace")
+        if not ended:
+            pytest.fail(f"{arguments} was still running after {timeout} s:\n{log}")
+        return log
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def _forked_airflow(airflow_home: dict[str, str]) -> Iterator[_ForkedAirflow]:
+    airflow = _ForkedAirflow(airflow_home)
+    yield airflow
+    airflow.close()
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """What a DAG run left in Airflow's database.
@@ -161,15 +211,20 @@ def nothing_will_go() -> Callable[[str], None]:
 
 @pytest.fixture
 def run_dag(
-    airflow_home: dict[str, str], nothing_will_go: Callable[[str], None]
+    airflow_home: dict[str, str],
+    _forked_airflow: _ForkedAirflow,
+    nothing_will_go: Callable[[str], None],
 ) -> Callable[..., FinishedRun]:
     """`run_dag(dag_file, dag_id, *, timeout=120, conf=None, reserialize=False, **env)`.
 
-    Runs `airflow dags test` (8 to 20 s: put many checks into one run) and returns even when tasks
+    Runs `airflow dags test` (2 to 6 s: put many checks into one run) and returns even when tasks
     failed; it fails the test when the process itself does not end, since `dag.test()` ignores the
     timeout of a deferral. Returns a FinishedRun. Airflow 2 adds events only to assets and aliases
     that its database knows: `reserialize=True` tells it first. A warning that something we or the
     DAG file use will go fails the test too.
+
+    With a setting of Airflow's own in `env` (AIRFLOW__…) it takes a process of its own, and twice
+    as long: some of them are read on import.
     """
 
     def run(
@@ -182,12 +237,16 @@ def run_dag(
         **env: str,
     ) -> FinishedRun:
         options = ["--conf", json.dumps(conf)] if conf else []
-        env = (
-            airflow_home | _dags_folder(airflow_home, dag_file) | {"PYTHONWARNINGS": "always"} | env
-        )
-        if reserialize:
-            _run([*_AIRFLOW, "dags", "reserialize"], env, timeout=timeout)
-        log = _run([*_AIRFLOW, "dags", "test", dag_id, *options], env, timeout=timeout, check=False)
+        has_settings = any(name.startswith("AIRFLOW__") for name in env)
+        env = airflow_home | {"PYTHONWARNINGS": "always"} | env
+        _put_alone(dag_file, env)
+        log = ""
+        commands = [["dags", "reserialize"]] if reserialize else []
+        for command in [*commands, ["dags", "test", dag_id, *options]]:
+            if has_settings:
+                log = _run([*_AIRFLOW, *command], env, timeout=timeout, check=False)
+            else:
+                log = _forked_airflow.run(command, env, timeout=timeout)
         nothing_will_go(log)
         return _read_runs(env, dag_id, log)[-1]
 
@@ -209,7 +268,6 @@ def run_scheduler(airflow_home: dict[str, str]) -> Callable[..., list[FinishedRu
         is_airflow_2 = version("apache-airflow").startswith("2.")
         env = (
             airflow_home
-            | _dags_folder(airflow_home, dag_file)
             | {
                 "AIRFLOW__CORE__EXECUTOR": (
                     "SequentialExecutor" if is_airflow_2 else "inline_executor.InlineExecutor"
@@ -223,6 +281,7 @@ def run_scheduler(airflow_home: dict[str, str]) -> Callable[..., list[FinishedRu
             }
             | env
         )
+        _put_alone(dag_file, env)
         # Before the first `dags test`, which would leave them paused; later it changes nothing.
         _run([*_AIRFLOW, "dags", "reserialize"], env, timeout=timeout)
         command = ["scheduler", "--num-runs", str(loops), "--skip-serve-logs"]
@@ -283,15 +342,15 @@ def asset_events(airflow_home: dict[str, str]) -> Callable[[str], list[AssetEven
     return read
 
 
-def _dags_folder(env: dict[str, str], dag_file: Path | str) -> dict[str, str]:
-    """Put the file into a folder of its own, and return what tells Airflow so.
+def _put_alone(dag_file: Path | str, env: dict[str, str]) -> None:
+    """Make the file the only one in the folder for DAGs.
 
     Airflow 3 looks a DAG up in the folder, whatever file is named.
     """
-    folder = Path(env["AIRFLOW_HOME"]) / "dags" / Path(dag_file).stem
-    folder.mkdir(exist_ok=True)
-    (folder / Path(dag_file).name).write_bytes(Path(dag_file).read_bytes())
-    return {"AIRFLOW__CORE__DAGS_FOLDER": str(folder)}
+    folder = Path(env["AIRFLOW__CORE__DAGS_FOLDER"])
+    shutil.rmtree(folder)
+    folder.mkdir()
+    shutil.copy(dag_file, folder)
 
 
 def _run(command: list[str], env: dict[str, str], timeout: float, check: bool = True) -> str:
