@@ -14,13 +14,13 @@ from urllib.parse import parse_qs
 
 from . import listing
 from .access import Access
-from .batch import batch_answer
+from .batch import batch_reply
 from .buckets import Buckets
-from .calls import Answer, Call, Receiver, error_answer, json_answer
+from .calls import Call, Receiver, Reply, error_reply, json_reply
 from .errors import ApiError, RangeError, invalid, not_found, required
 from .hashes import hash_header
 from .objects import SETTABLE, NewObject, Preconditions, StoredObject, changed_fields, check_name
-from .resources import bucket_resource, object_answer, object_resource
+from .resources import bucket_resource, object_reply, object_resource
 from .unsupported import bucket_settings, refuse_object_settings, refuse_parameters, refuse_path
 from .uploads import Uploads
 
@@ -55,7 +55,7 @@ class Api:
         ahead = self._buckets.ahead
         return {"Date": formatdate(self._buckets.time() / 1e6, usegmt=True)} if ahead else {}
 
-    def receive(self, call: Call, answer_batched: Callable[[Call], Answer]) -> Receiver:
+    def receive(self, call: Call, answer_batched: Callable[[Call], Reply]) -> Receiver:
         """Where the request's body goes. `answer_batched` answers the calls of a batch."""
         try:
             match call.parts:
@@ -64,14 +64,14 @@ class Api:
                     self._access.need_payer(call, bucket)
                     return self._uploads.receive(call, bucket)
                 case ["batch", "storage", "v1"] if call.method == "POST":
-                    return Receiver(lambda: batch_answer(call, answer_batched), call.body.extend)
+                    return Receiver(lambda: batch_reply(call, answer_batched), call.body.extend)
                 case ["storage", *_]:
                     return Receiver(lambda: self.answer(call), call.body.extend)
         except ApiError as exc:
-            return Receiver(partial(error_answer, exc))
+            return Receiver(partial(error_reply, exc))
         return Receiver(lambda: self.answer(call))
 
-    def answer(self, call: Call) -> Answer:
+    def answer(self, call: Call) -> Reply:
         """Answer a request whose body is in `call.body`. May raise ApiError."""
         refuse_parameters(call)
         # Split before decoding: the name of an object may contain an encoded slash.
@@ -87,14 +87,14 @@ class Api:
         refuse_path(call.parts)
         raise not_found()
 
-    def _answer_in(self, call: Call, bucket: str, rest: list[str]) -> Answer:
+    def _answer_in(self, call: Call, bucket: str, rest: list[str]) -> Reply:
         """Answer a request about one bucket; `rest` of the path follows its name."""
         match rest:
             case []:
                 return self._bucket(call, bucket)
             case ["iam"] if call.reads:
                 self._buckets[bucket]  # 404 if there is none
-                return json_answer(call, {"kind": "storage#policy", "bindings": [], "version": 1})
+                return json_reply(call, {"kind": "storage#policy", "bindings": [], "version": 1})
             case ["iam", "testPermissions"] if call.reads:
                 return self._test_permissions(call, bucket)
             case ["o"] if call.reads:
@@ -115,7 +115,7 @@ class Api:
 
     # Buckets.
 
-    def _list_or_create_buckets(self, call: Call) -> Answer:
+    def _list_or_create_buckets(self, call: Call) -> Reply:
         if call.method == "POST":
             self._access.need("bucket_create")
             resource = call.json()
@@ -123,7 +123,7 @@ class Api:
             if not isinstance(name, str):
                 raise required("name")
             bucket = self._buckets.create_bucket(name, bucket_settings(resource))
-            return json_answer(call, bucket_resource(bucket, call.base_url))
+            return json_reply(call, bucket_resource(bucket, call.base_url))
         if not call.reads:
             raise _not_allowed(call)
         query = listing.ListingQuery(
@@ -133,16 +133,16 @@ class Api:
         )
         page = listing.list_page(self._buckets.names(), query)
         items = [bucket_resource(self._buckets[name], call.base_url) for name in page.names]
-        return json_answer(call, _page("storage#buckets", items, page))
+        return json_reply(call, _page("storage#buckets", items, page))
 
-    def _bucket(self, call: Call, name: str) -> Answer:
+    def _bucket(self, call: Call, name: str) -> Reply:
         if call.reads:
             self._access.need("bucket_get")
         bucket = self._buckets[name]
         preconditions = Preconditions.from_query(call.query)
         if call.method == "DELETE":
             self._buckets.delete_bucket(name, preconditions)
-            return Answer(204)
+            return Reply(204)
         preconditions.check(bucket, reading=call.reads)
         if call.method in ("PATCH", "PUT"):
             settings = bucket_settings(call.json())
@@ -155,18 +155,18 @@ class Api:
             self._buckets.change_bucket(bucket, given)
         elif not call.reads:
             raise _not_allowed(call)
-        return json_answer(call, bucket_resource(bucket, call.base_url))
+        return json_reply(call, bucket_resource(bucket, call.base_url))
 
-    def _test_permissions(self, call: Call, bucket: str) -> Answer:
+    def _test_permissions(self, call: Call, bucket: str) -> Reply:
         self._buckets[bucket]  # 404 if there is none
         asked = parse_qs(call.query_string).get("permissions", [])
         granted = self._access.granted(asked)
         answer = {"kind": "storage#testIamPermissionsResponse", "permissions": granted}
-        return json_answer(call, answer)
+        return json_reply(call, answer)
 
     # Reading objects.
 
-    def _list(self, call: Call, bucket_name: str) -> Answer:
+    def _list(self, call: Call, bucket_name: str) -> Reply:
         self._access.need("list")
         bucket = self._buckets[bucket_name]
         query = call.query
@@ -196,9 +196,9 @@ class Api:
         answer = _page("storage#objects", items, page)
         if page.prefixes:
             answer["prefixes"] = page.prefixes
-        return json_answer(call, answer)
+        return json_reply(call, answer)
 
-    def _object(self, call: Call, bucket: str, name: str) -> Answer:
+    def _object(self, call: Call, bucket: str, name: str) -> Reply:
         if call.reads:
             return self._get(call, bucket, name)
         call.object_name = name
@@ -210,14 +210,14 @@ class Api:
         if call.method == "DELETE":
             self._buckets.check_removal(stored)
             self._buckets.delete(stored)
-            return Answer(204)
+            return Reply(204)
         resource = call.json()
         refuse_object_settings(resource)
         changes = changed_fields(stored, resource, keep=call.method == "PATCH")
         self._buckets.change(stored, changes)
         return self._resource(call, stored)
 
-    def _get(self, call: Call, bucket: str, name: str) -> Answer:
+    def _get(self, call: Call, bucket: str, name: str) -> Reply:
         """The object's bytes or, without `alt=media`, its resource."""
         call.object_name = name
         self._access.need("get")
@@ -247,10 +247,10 @@ class Api:
             if start >= end:
                 raise RangeError(stored.size)
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{stored.size}"
-        return Answer(status, headers, stream=stored.body.read(start, end), length=end - start)
+        return Reply(status, headers, stream=stored.body.read(start, end), length=end - start)
 
-    def _resource(self, call: Call, stored: StoredObject) -> Answer:
-        return object_answer(call, stored, self._buckets[stored.bucket])
+    def _resource(self, call: Call, stored: StoredObject) -> Reply:
+        return object_reply(call, stored, self._buckets[stored.bucket])
 
     # Objects made from other objects.
 
@@ -263,7 +263,7 @@ class Api:
         Preconditions.from_query(call.query, "ifSource").check(source)
         return source
 
-    def _compose(self, call: Call, bucket: str, name: str) -> Answer:
+    def _compose(self, call: Call, bucket: str, name: str) -> Reply:
         call.object_name = name
         body = call.json()
         listed = body.get("sourceObjects")
@@ -287,7 +287,7 @@ class Api:
 
     def _copy(
         self, call: Call, source_bucket: str, source_name: str, bucket: str, name: str
-    ) -> Answer:
+    ) -> Reply:
         call.object_name = name
         generation = call.query.get("sourceGeneration")
         source = self._source(call, source_bucket, source_name, generation)
@@ -309,9 +309,9 @@ class Api:
             "done": True,
             "resource": object_resource(stored, self._buckets[bucket], call.base_url),
         }
-        return json_answer(call, answer)
+        return json_reply(call, answer)
 
-    def _move(self, call: Call, bucket: str, source_name: str, name: str) -> Answer:
+    def _move(self, call: Call, bucket: str, source_name: str, name: str) -> Reply:
         call.object_name = name
         self._access.need("delete")
         source = self._source(call, bucket, source_name)
@@ -329,15 +329,15 @@ class Api:
         return NewObject.from_resource({**resource, "name": name}, {})
 
 
-def answer_or_error(call: Call, answer: Callable[[], Answer]) -> Answer:
+def answer_or_error(call: Call, answer: Callable[[], Reply]) -> Reply:
     """What `answer` returns, or the answer that its exception stands for."""
     try:
         return answer()
     except ApiError as exc:
-        return error_answer(exc, plain=call.query.get("alt") == "media")
+        return error_reply(exc, plain=call.query.get("alt") == "media")
     except Exception:
         log.exception("%s %s failed", call.method, call.decoded_target)
-        return error_answer(ApiError(500, "internalError", "Internal error: see the log"))
+        return error_reply(ApiError(500, "internalError", "Internal error: see the log"))
 
 
 def parse_range(header: str, size: int) -> tuple[int, int] | None:

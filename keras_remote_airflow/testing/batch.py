@@ -9,30 +9,30 @@ from collections.abc import Callable
 from email import message_from_bytes
 from email.message import Message
 
-from .calls import Answer, Call
+from .calls import Call, Reply
 from .errors import invalid
 
 MAX_BATCH_CALLS = 100
 
 
-def batch_answer(call: Call, answer: Callable[[Call], Answer]) -> Answer:
+def batch_reply(call: Call, answer: Callable[[Call], Reply]) -> Reply:
     """The answers to the calls in a batch, in order; one that fails does not stop the others."""
     parts = _parts(call)
     boundary = f"batch_{uuid.uuid4().hex}"
     lines: list[bytes] = []
     for part in parts:
-        answered = answer(_call(part, call.headers.get("host", "127.0.0.1")))
-        body = b"".join(answered.pieces)
-        fields = {**answered.headers, "Content-Length": str(len(body))}
+        reply = answer(_call(part, call.headers.get("host", "127.0.0.1")))
+        body = b"".join(reply.pieces)
+        fields = {**reply.headers, "Content-Length": str(len(body))}
         head = [f"--{boundary}", "Content-Type: application/http"]
         if "content-id" in part:
             head.append(f"Content-ID: <response-{part['content-id'].strip('<>')}>")
-        head += ["", f"HTTP/1.1 {answered.status} {answered.reason}"]
+        head += ["", f"HTTP/1.1 {reply.status} {reply.reason}"]
         head += [f"{name}: {value}" for name, value in fields.items()]
         lines += ["\r\n".join(head).encode(), b"", body]
     lines += [f"--{boundary}--".encode(), b""]
     headers = {"Content-Type": f"multipart/mixed; boundary={boundary}"}
-    return Answer(200, headers, b"\r\n".join(lines))
+    return Reply(200, headers, b"\r\n".join(lines))
 
 
 def _parts(call: Call) -> list[Message]:

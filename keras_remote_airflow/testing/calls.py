@@ -1,4 +1,4 @@
-"""A request and its answer as the API sees them, without sockets."""
+"""A request and the reply to it as the API sees them, without sockets."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -96,8 +96,8 @@ class Call:
 
 
 @dataclass(slots=True)
-class Answer:
-    """What to answer: `body`, or a `stream` of `length` bytes."""
+class Reply:
+    """What is answered: `body`, or a `stream` of `length` bytes."""
 
     status: int
     headers: dict[str, str] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class Receiver:
     default the body is dropped.
     """
 
-    answer: Callable[[], Answer]
+    answer: Callable[[], Reply]
     write: Callable[[bytes], object] = _ignore
     abort: Callable[[], object] = _ignore
 
@@ -149,24 +149,24 @@ def parse_json(data: bytes | bytearray) -> dict[str, Any]:
     return value or {}
 
 
-def json_answer(call: Call, value: dict[str, Any]) -> Answer:
+def json_reply(call: Call, value: dict[str, Any]) -> Reply:
     """200, with what the call's `fields` select."""
     tree = call.field_tree
     chosen = select(value, tree) if tree else value
-    return Answer(200, _JSON, json.dumps(chosen, ensure_ascii=False).encode(errors="replace"))
+    return Reply(200, _JSON, json.dumps(chosen, ensure_ascii=False).encode(errors="replace"))
 
 
-def error_answer(exc: ApiError, *, plain: bool = False) -> Answer:
+def error_reply(exc: ApiError, *, plain: bool = False) -> Reply:
     if exc.status == 304:
-        return Answer(304)
+        return Reply(304)
     if isinstance(exc, RangeError):
-        return Answer(
+        return Reply(
             exc.status, {**_PLAIN, "Content-Range": f"bytes */{exc.size}"}, exc.message.encode()
         )
     if plain or exc.plain:
-        return Answer(exc.status, _PLAIN, exc.message.encode())
+        return Reply(exc.status, _PLAIN, exc.message.encode())
     detail = {"message": exc.message, "domain": "global", "reason": exc.reason}
     if exc.status == 412:
         detail |= {"locationType": "header", "location": "If-Match"}
     error = {"error": {"code": exc.status, "message": exc.message, "errors": [detail]}}
-    return Answer(exc.status, _JSON, json.dumps(error).encode())
+    return Reply(exc.status, _JSON, json.dumps(error).encode())

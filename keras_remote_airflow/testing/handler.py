@@ -14,7 +14,7 @@ from dataclasses import replace
 from aiohttp import web
 
 from .api import Api, answer_or_error
-from .calls import Answer, Call, Receiver, error_answer
+from .calls import Call, Receiver, Reply, error_reply
 from .errors import ApiError
 from .faults import Fault, Faults
 
@@ -54,24 +54,24 @@ class Handler:
         if not is_whole:
             return _drop(request)
         with self._lock:
-            answer = answer_or_error(call, receiver.answer)
+            reply = answer_or_error(call, receiver.answer)
             if clock := self._api.clock_headers():
-                answer = replace(answer, headers={**answer.headers, **clock})
+                reply = replace(reply, headers={**reply.headers, **clock})
         is_silent = fault is not None and fault.is_silent
-        self._faults.log(call, None if is_silent else answer.status)
+        self._faults.log(call, None if is_silent else reply.status)
         seconds = self._latency() + (0 if fault is None else fault.latency)
         if seconds > 0:
             await asyncio.sleep(seconds)
         if fault is None:
-            return await _send(request, answer)
-        return await _send_spoilt(request, answer, fault)
+            return await _send(request, reply)
+        return await _send_spoilt(request, reply, fault)
 
     def _receiver(self, call: Call, fault: Fault | None) -> Receiver:
         """Where the request's body goes."""
         if fault is not None and fault.injects_status:
             return Receiver(lambda: _injected(fault))
         if fault is not None and fault.action == "drop_before" and fault.after_bytes is None:
-            return Receiver(lambda: Answer(0))
+            return Receiver(lambda: Reply(0))
         return self._api.receive(call, self._answer_batched)
 
     async def _read_body(
@@ -91,15 +91,15 @@ class Handler:
                 return False
         return True
 
-    def _answer_batched(self, call: Call) -> Answer:
+    def _answer_batched(self, call: Call) -> Reply:
         """Answer one call of a batch, where only a fault's status makes sense."""
         fault = self._faults.match(call)
         if fault is not None and fault.injects_status:
-            answer = _injected(fault)
+            reply = _injected(fault)
         else:
-            answer = answer_or_error(call, lambda: self._api.answer(call))
-        self._faults.log(call, answer.status)
-        return answer
+            reply = answer_or_error(call, lambda: self._api.answer(call))
+        self._faults.log(call, reply.status)
+        return reply
 
 
 def _call(request: web.BaseRequest) -> Call:
@@ -109,42 +109,38 @@ def _call(request: web.BaseRequest) -> Call:
     return Call(request.method, request.raw_path, headers)
 
 
-def _injected(fault: Fault) -> Answer:
+def _injected(fault: Fault) -> Reply:
     status = fault.status or 500
-    return error_answer(ApiError(status, "backendError", f"Injected status {status}"))
+    return error_reply(ApiError(status, "backendError", f"Injected status {status}"))
 
 
 async def _send(
-    request: web.BaseRequest, answer: Answer, up_to: int | None = None
+    request: web.BaseRequest, reply: Reply, up_to: int | None = None
 ) -> web.StreamResponse:
     """Send an answer, or its headers and the first `up_to` bytes of its body."""
-    if up_to is None and answer.length <= _WHOLE_BYTES:
+    if up_to is None and reply.length <= _WHOLE_BYTES:
         return web.Response(
-            status=answer.status,
-            reason=answer.reason,
-            headers=answer.headers,
-            body=b"".join(answer.pieces),
+            status=reply.status,
+            reason=reply.reason,
+            headers=reply.headers,
+            body=b"".join(reply.pieces),
         )
-    response = web.StreamResponse(
-        status=answer.status, reason=answer.reason, headers=answer.headers
-    )
-    response.content_length = answer.length
+    response = web.StreamResponse(status=reply.status, reason=reply.reason, headers=reply.headers)
+    response.content_length = reply.length
     try:
         await response.prepare(request)
         if request.method != "HEAD":
-            for piece in _in_pieces(answer.pieces, answer.length if up_to is None else up_to):
+            for piece in _in_pieces(reply.pieces, reply.length if up_to is None else up_to):
                 await response.write(piece)
     except ConnectionError:
         pass  # the client has gone
     return response
 
 
-async def _send_spoilt(
-    request: web.BaseRequest, answer: Answer, fault: Fault
-) -> web.StreamResponse:
+async def _send_spoilt(request: web.BaseRequest, reply: Reply, fault: Fault) -> web.StreamResponse:
     """Send what the fault makes of a good answer."""
-    at = answer.length // 2 if fault.after_bytes is None else fault.after_bytes
-    headers = {**answer.headers, **fault.headers}
+    at = reply.length // 2 if fault.after_bytes is None else fault.after_bytes
+    headers = {**reply.headers, **fault.headers}
     if fault.is_silent:
         if fault.action == "stall":
             await asyncio.Event().wait()  # until the client gives up or the server stops
@@ -152,16 +148,16 @@ async def _send_spoilt(
     if fault.action == "bad_hash" and "X-Goog-Hash" in headers:
         # Hashes of no object that a test would store.
         headers["X-Goog-Hash"] = "crc32c=/////w==,md5=/////////////////////w=="
-    answer = replace(answer, headers=headers)
-    if fault.action == "corrupt" and answer.status in (200, 206):
-        answer = replace(answer, stream=_flip_bit(answer.pieces, at))
+    reply = replace(reply, headers=headers)
+    if fault.action == "corrupt" and reply.status in (200, 206):
+        reply = replace(reply, stream=_flip_bit(reply.pieces, at))
     if fault.action == "garbage" and request.transport is not None:
         request.transport.write(b"this is not HTTP\r\n\r\n")
         request.transport.close()
         return web.Response()
-    if fault.action not in ("truncate", "stall") or at >= answer.length:
-        return await _send(request, answer)
-    response = await _send(request, answer, up_to=at)
+    if fault.action not in ("truncate", "stall") or at >= reply.length:
+        return await _send(request, reply)
+    response = await _send(request, reply, up_to=at)
     if fault.action == "stall":
         await asyncio.Event().wait()
     if request.transport is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .buckets import Bucket
-from .calls import Answer, Call, json_answer
+from .calls import Call, Reply, json_reply
 from .objects import StoredObject
 
 
@@ -66,10 +66,10 @@ def object_resource(
     return resource
 
 
-def object_answer(call: Call, stored: StoredObject, bucket: Bucket) -> Answer:
+def object_reply(call: Call, stored: StoredObject, bucket: Bucket) -> Reply:
     """200 with the object's resource, or with what the call's `fields` select of it."""
     wanted = frozenset(call.field_tree) or None
-    return json_answer(call, object_resource(stored, bucket, call.base_url, wanted))
+    return json_reply(call, object_resource(stored, bucket, call.base_url, wanted))
 
 
 _CHEAP: dict[str, Callable[[StoredObject], Any]] = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from .bodies import Spool
-from .calls import Answer
+from .calls import Reply
 from .errors import PlainError, invalid
 from .objects import NewObject
 
@@ -118,7 +118,7 @@ class UploadSession:
     spool: Spool
     declared_size: int | None
     transfer: SessionWrite | None = None
-    finished: Answer | None = None
+    finished: Reply | None = None
 
     @property
     def persisted(self) -> int:
@@ -130,18 +130,18 @@ class UploadSession:
         """Bytes that would survive if the current request broke off."""
         return self.persisted // CHUNK_BYTES * CHUNK_BYTES
 
-    def status(self, headers: Mapping[str, str]) -> Answer:
+    def status(self, headers: Mapping[str, str]) -> Reply:
         """The answer while bytes are missing: how many are there."""
         kept = self.resumable_size
-        answer = Answer(308, {"Range": f"bytes=0-{kept - 1}"} if kept else {})
+        reply = Reply(308, {"Range": f"bytes=0-{kept - 1}"} if kept else {})
         if headers.get("x-guploader-no-308", "").lower() == "yes":
-            answer.status = 200
-            answer.headers["X-HTTP-Status-Code-Override"] = "308"
-        return answer
+            reply.status = 200
+            reply.headers["X-HTTP-Status-Code-Override"] = "308"
+        return reply
 
-    def finish(self, answer: Answer) -> None:
+    def finish(self, reply: Reply) -> None:
         """The object is made; the bytes are its own now."""
-        self.finished = answer
+        self.finished = reply
         self.spool = Spool(None)
 
     def begin(self, content_range: ContentRange | None) -> SessionWrite:

@@ -10,12 +10,12 @@ from urllib.parse import quote, urlencode
 from .access import Access
 from .bodies import Spool
 from .buckets import Buckets
-from .calls import Answer, Call, Receiver, parse_json
+from .calls import Call, Receiver, Reply, parse_json
 from .errors import ApiError, invalid, not_found
 from .hashes import declared_hashes
 from .multipart import RelatedReader, boundary_of
 from .objects import NewObject, Preconditions
-from .resources import object_answer
+from .resources import object_reply
 from .resumable import ContentRange, SessionWrite, UploadSession
 from .unsupported import refuse_object_settings
 
@@ -55,7 +55,7 @@ class Uploads:
 
     def finish(
         self, call: Call, bucket: str, new: NewObject, spool: Spool, preconditions: Preconditions
-    ) -> Answer:
+    ) -> Reply:
         """All bytes are there: make the object, or drop them and raise ApiError."""
         try:
             self._access.need_write(bucket, new.name, preconditions)
@@ -63,11 +63,11 @@ class Uploads:
         except ApiError:
             spool.discard()
             raise
-        return object_answer(call, stored, self._buckets[bucket])
+        return object_reply(call, stored, self._buckets[bucket])
 
     # Sessions.
 
-    def _start_session(self, call: Call, bucket: str) -> Answer:
+    def _start_session(self, call: Call, bucket: str) -> Reply:
         headers = call.headers
         new = _new_object(call, call.body).with_hashes(declared_hashes(headers))
         if new.content_type is None:
@@ -90,7 +90,7 @@ class Uploads:
             f"/upload/storage/v1/b/{quote(bucket)}/o?{urlencode(query, safe='', quote_via=quote)}"
         )
         headers = {"Location": call.base_url + path, "X-GUploader-UploadID": upload_id}
-        return Answer(200, headers)
+        return Reply(200, headers)
 
     def _resume(self, call: Call) -> Receiver:
         session = self._sessions.get(call.query["upload_id"])
@@ -108,14 +108,14 @@ class Uploads:
         part = session.begin(None if header is None else ContentRange.parse(header))
         return Receiver(lambda: self._put(call, session, part), part.write, part.abort)
 
-    def _cancel_session(self, call: Call) -> Answer:
+    def _cancel_session(self, call: Call) -> Reply:
         """https://cloud.google.com/storage/docs/performing-resumable-uploads#cancel-upload"""
         session = self._sessions.pop(call.query["upload_id"], None)
         if session is not None:
             session.spool.discard()
-        return Answer(499)
+        return Reply(499)
 
-    def _put(self, call: Call, session: UploadSession, part: SessionWrite) -> Answer:
+    def _put(self, call: Call, session: UploadSession, part: SessionWrite) -> Reply:
         """The body of a PUT to a session is whole."""
         if not part.end(call.body_bytes):
             return session.status(call.headers)
@@ -124,12 +124,12 @@ class Uploads:
         preconditions = Preconditions.from_query(session.query)
         try:
             new = session.new.with_hashes(declared_hashes(call.headers, of_body=True))
-            answer = self.finish(call, session.bucket, new, session.spool, preconditions)
+            reply = self.finish(call, session.bucket, new, session.spool, preconditions)
         except ApiError:
             self._cancel_session(call)
             raise
-        session.finish(answer)
-        return answer
+        session.finish(reply)
+        return reply
 
 
 class _MediaUpload:
@@ -159,7 +159,7 @@ class _MediaUpload:
         if self._spool is not None:
             self._spool.discard()
 
-    def answer(self) -> Answer:
+    def answer(self) -> Reply:
         try:
             if self._reader is not None:
                 self._reader.end()

@@ -12,13 +12,13 @@ from urllib.parse import unquote
 from keras_remote_airflow.testing import server
 from keras_remote_airflow.testing.__main__ import main
 from keras_remote_airflow.testing.api import Api
-from keras_remote_airflow.testing.calls import Answer, Call, Receiver
+from keras_remote_airflow.testing.calls import Call, Receiver, Reply
 
 
 class XmlApi(Api):
     """The JSON API, and the XML API's uploads."""
 
-    def receive(self, call: Call, answer_batched: Callable[[Call], Answer]) -> Receiver:
+    def receive(self, call: Call, answer_batched: Callable[[Call], Reply]) -> Receiver:
         if call.method != "PUT" or call.path.startswith(("/upload/", "/storage/")):
             return super().receive(call, answer_batched)
         _, bucket, name = call.path.split("/", 2)
@@ -27,9 +27,9 @@ class XmlApi(Api):
         call.query = {"uploadType": "media", "name": unquote(name)}
         media = super().receive(call, answer_batched)
 
-        def answer() -> Answer:
+        def answer() -> Reply:
             media.answer()
-            return Answer(200, {"ETag": '"1"', "x-goog-generation": "1"})
+            return Reply(200, {"ETag": '"1"', "x-goog-generation": "1"})
 
         return Receiver(answer, media.write, media.abort)
 
