@@ -20,6 +20,7 @@ A keras-kinetic function needs nothing from here: with `layout="kinetic"` it tak
 import json
 import posixpath
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -89,6 +90,7 @@ def materialize_pod_kwargs(
     volume: Mapping[str, Any] | None = None,
     container: Mapping[str, Any] | None = None,
     startup_timeout_seconds: int | None = None,
+    user_project: str | None = None,
     add_to: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Download and verify the dataset in an init container, for a pod on any cluster.
@@ -107,6 +109,7 @@ def materialize_pod_kwargs(
         startup_timeout_seconds: seconds that the pod may take to start once it is scheduled, all
             downloads included; None keeps what `add_to` says, else 3600 (the operator's own default
             is 120).
+        user_project: id of the project that pays for the download's requests, see `connection`.
         add_to: as for `gcsfuse_pod_kwargs`.
 
     Returns:
@@ -119,7 +122,7 @@ def materialize_pod_kwargs(
     init: dict[str, Any] = {
         "name": pod.label,
         "image": image,
-        "command": [*_COMMAND, dest],
+        "command": [*_COMMAND, dest, *_options(user_project)],
         **_copy_tree(container or {}),
     }
     init.setdefault("env", []).append(
@@ -145,6 +148,7 @@ def vertex_command_kwargs(
     *,
     name: str = "data",
     materialize_at: str | None = None,
+    user_project: str | None = None,
 ) -> dict[str, Any]:
     """Hand the dataset to a Vertex AI training job that is described by its container's command.
 
@@ -158,6 +162,8 @@ def vertex_command_kwargs(
         materialize_at: absolute path in the container that becomes the dataset, downloaded and
             verified before the command is run (the image needs `sh` and this package); None
             reads it through the mount at /gcs, unverified.
+        user_project: id of the project that pays for the download's requests, see `connection`;
+            only with `materialize_at`.
 
     Returns:
         `command`.
@@ -167,7 +173,8 @@ def vertex_command_kwargs(
         _fill_in(source, variable, partial(_assignment, variable, make))
         for variable, make in _vertex_variables(name, materialize_at).items()
     ]
-    return {"command": ["env", *assignments, *_materialize_first(name, materialize_at), *command]}
+    first = _materialize_first(name, materialize_at, user_project)
+    return {"command": ["env", *assignments, *first, *command]}
 
 
 def vertex_custom_job_kwargs(
@@ -176,6 +183,7 @@ def vertex_custom_job_kwargs(
     *,
     name: str = "data",
     materialize_at: str | None = None,
+    user_project: str | None = None,
 ) -> dict[str, Any]:
     """Hand the dataset to every worker of a Vertex AI custom job.
 
@@ -190,6 +198,7 @@ def vertex_custom_job_kwargs(
             verified before their commands are run (every worker pool needs a `container_spec` with
             a `command`, its image needs `sh` and this package); None reads it through the mount at
             /gcs, unverified.
+        user_project: as for `vertex_command_kwargs`.
 
     Returns:
         `custom_job`.
@@ -200,6 +209,7 @@ def vertex_custom_job_kwargs(
     # Not deepcopy: what an earlier call left to be filled in must stay that.
     job = _copy_tree(custom_job)
     variables = _vertex_variables(name, materialize_at)
+    first = _materialize_first(name, materialize_at, user_project)
     pools = (job.get("job_spec") or {}).get("worker_pool_specs")
     if not pools:
         raise InvalidInputError("custom_job has no job_spec with worker_pool_specs")
@@ -221,14 +231,14 @@ def vertex_custom_job_kwargs(
             {"name": variable, "value": _fill_in(source, variable, make)}
             for variable, make in variables.items()
         ]
-        if materialize_at:
+        if first:
             if not spec.get("command"):
                 raise InvalidInputError(
                     f"worker pool {number} of custom_job names no command, so nothing can be run "
                     "before it: give its container_spec the image's entrypoint as `command`, or "
                     "leave out materialize_at"
                 )
-            spec["command"] = [*_materialize_first(name, materialize_at), *spec["command"]]
+            spec["command"] = [*first, *spec["command"]]
     return {"custom_job": job}
 
 
@@ -353,14 +363,24 @@ def _vertex_variables(name: str, materialize_at: str | None) -> dict[str, Callab
     return {path: lambda ref: materialize_at or _gcs_path(ref), ref: _to_json}
 
 
-def _materialize_first(name: str, materialize_at: str | None) -> list[str]:
+def _materialize_first(
+    name: str, materialize_at: str | None, user_project: str | None
+) -> list[str]:
+    """Return the start of a command that downloads the data before it runs what follows."""
     if not materialize_at:
+        if user_project:
+            raise InvalidInputError("user_project is for downloads: it needs materialize_at")
         return []
     path, ref = _variables(name)
     # No $(...): Vertex AI takes it for a reference to an environment variable. The command prints
     # a path, which would be taken for output of the job's own.
-    script = f'{" ".join(_COMMAND)} "${ref}" "${path}" >&2 && exec "$@"'
+    options = shlex.join(_options(user_project))
+    script = f'{" ".join(_COMMAND)} "${ref}" "${path}" {options} >&2 && exec "$@"'
     return ["sh", "-c", script, "sh"]
+
+
+def _options(user_project: str | None) -> list[str]:
+    return ["--user-project", user_project] if user_project else []
 
 
 def _assignment(variable: str, make: Callable[[DataRef], str], ref: DataRef) -> str:

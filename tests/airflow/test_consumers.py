@@ -217,6 +217,22 @@ def test_a_vertex_command_runs_on_verified_data(uploaded, tmp_path):
     )
 
 
+def test_a_container_downloads_at_the_expense_of_the_project_that_pays(
+    gcs_server, dataset, tmp_path
+):
+    gcs_server.create_bucket("paid", requester_pays=True)
+    ref = make_data_ref(upload_data("paid", str(dataset), user_project="payer"), True)
+    gcs_server.clear_requests()
+    dest = str(tmp_path / "data")
+    kwargs = vertex_command_kwargs(ref, ["true"], materialize_at=dest, user_project="payer")
+    assert start(kwargs["command"]).returncode == 0
+    assert {request.query["userProject"] for request in gcs_server.requests} == {"payer"}
+
+    pod = materialize_pod_kwargs(ref, "/data", image="i", user_project="payer")
+    (init,) = pod["pod_template_dict"]["spec"]["initContainers"]
+    assert init["command"][-2:] == ["--user-project", "payer"]
+
+
 def test_a_vertex_command_does_not_run_on_anything_else(uploaded, gcs_server, tmp_path):
     gcs_server.put("test-bucket", uploaded["gcs_uri"].split("/", 3)[3] + "/train.csv", b"x")
     kwargs = vertex_command_kwargs(
@@ -364,6 +380,7 @@ def test_the_task_depends_on_the_upload(make):
             "separated by commas",
         ),
         (lambda: vertex_command_kwargs(REF, [], materialize_at="data"), "absolute path"),
+        (lambda: vertex_command_kwargs(REF, [], user_project="p"), "needs materialize_at"),
         (lambda: vertex_custom_job_kwargs(REF, object()), "expected a dict"),
         (lambda: vertex_custom_job_kwargs(REF, {}), "no job_spec with worker_pool_specs"),
         (

@@ -279,6 +279,12 @@ def test_a_deferral_that_no_triggerer_serves_is_a_timeout_that_says_so(execution
         resume_after_the_deferral_timed_out(execution_timeout=execution_timeout)
 
 
+@pytest.mark.parametrize("softly", ["soft_fail", "never_fail"])
+def test_such_a_timeout_skips_a_sensor_that_fails_softly(softly):
+    with pytest.raises(AirflowSkipException, match=r"5\.0 s.*no triggerer answered"):
+        resume_after_the_deferral_timed_out(**{softly: True})
+
+
 def test_only_airflow_2_ends_a_deferral_by_an_execution_timeout_and_then_it_may_be_retried():
     with pytest.raises(Exception, match=r"words|no triggerer answered") as caught:
         resume_after_the_deferral_timed_out(execution_timeout=timedelta(seconds=4))

@@ -1,4 +1,4 @@
-"""Sensors that defer where no triggerer runs, so that only the scheduler can end their wait."""
+"""A sensor that defers where no triggerer runs, so that only the scheduler can end its wait."""
 
 from datetime import timedelta
 
@@ -16,16 +16,17 @@ class BriefSensor(CacheSensor):
     deferral_margin = timedelta(0)  # instead of five minutes
 
 
-RETRIES = {"retries": 2, "retry_delay": pendulum.duration(seconds=0)}
-ABSENT = {"content_hash": "0" * 64, "bucket_name": "test-bucket", "timeout": 0.1}
-
-
-@dag(
-    schedule="@once", start_date=pendulum.datetime(2024, 1, 1), catchup=False, default_args=RETRIES
-)
+@dag(schedule="@once", start_date=pendulum.datetime(2024, 1, 1), catchup=False)
 def no_triggerer():
-    BriefSensor(task_id="fails", deferrable=True, **ABSENT)
-    BriefSensor(task_id="skips", deferrable=True, soft_fail=True, **ABSENT)
+    BriefSensor(
+        task_id="wait",
+        content_hash="0" * 64,
+        bucket_name="test-bucket",
+        deferrable=True,
+        timeout=0.1,
+        retries=2,
+        retry_delay=pendulum.duration(seconds=0),
+    )
 
 
 no_triggerer()
