@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -243,24 +243,16 @@ class CacheSensor(BaseSensorOperator):
 
     def _make_awaited(self) -> AwaitedDataset:
         self._check_arguments()  # again: a template may have rendered to None
-        chain = self.impersonation_chain
-        fields: dict[str, Any] = {
-            "bucket_name": self.bucket_name,
-            "content_hash": self.content_hash,
-            "namespace_prefix": self.namespace_prefix,
-            "layout": self.layout,
-            "is_dir": self.is_dir,
-            "mount_path": self.mount_path,
-            "verify": self.verify,
-            "gcp_conn_id": self.gcp_conn_id,
-            "impersonation_chain": chain if isinstance(chain, str | None) else list(chain),
-            "user_project": self.user_project,
+        given: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in fields(AwaitedDataset)
         }
+        chain = self.impersonation_chain
+        given["impersonation_chain"] = chain if isinstance(chain, str | None) else list(chain)
         if self.data_ref is not None:
-            fields |= self._fields_of_ref(parse_data_ref(self.data_ref))
+            given |= self._fields_of_ref(parse_data_ref(self.data_ref))
         elif self.data is not None:
-            fields |= self._fields_of_data(self.data)
-        return AwaitedDataset(**fields)
+            given |= self._fields_of_data(self.data)
+        return AwaitedDataset(**given)
 
     def _fields_of_ref(self, ref: DataRef) -> dict[str, Any]:
         key = ref.cache_key

@@ -161,7 +161,7 @@ def test_failures_are_final_where_a_retry_would_not_help(run_dag, gcs_server, da
     expected = {
         "no_data": ("failed", 1),
         "bad_bucket": ("failed", 1),
-        "no_bucket": ("failed", 3),  # somebody may create it: left to the task's retries
+        "no_bucket": ("failed", 3),  # it may be created: left to the task's retries
         "bad_hash": ("failed", 1),
         "bad_hash_skips": ("skipped", 1),
         "bad_hash_deferrable_skips": ("skipped", 1),

@@ -1,4 +1,4 @@
-"""What OpenLineage is told, in the classes of its own provider."""
+"""What OpenLineage receives, in the classes of its own provider."""
 
 from types import SimpleNamespace
 

@@ -59,7 +59,7 @@ def test_constructing_it_touches_neither_the_data_nor_the_arguments():
     assert {name: getattr(task, name) for name in task.template_fields} == arguments
 
 
-def test_gs_data_asks_nobody(execute, gcs_server):
+def test_gs_data_needs_neither_a_request_nor_a_connection(execute, gcs_server):
     task = upload("gs://elsewhere/model.keras", gcp_conn_id="there_is_no_such_connection")
     ref, xcoms = execute(task)
     assert (ref["gcs_uri"], ref["is_dir"]) == ("gs://elsewhere/model.keras", False)
