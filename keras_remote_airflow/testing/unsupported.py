@@ -1,7 +1,8 @@
 """What Cloud Storage can do and this server cannot: such requests are refused by name.
 
-A setting that only describes (a location, a storage class, CORS, lifecycle rules) is kept and
-shown, and nothing follows from it. A setting that a client would rely on is refused here.
+Settings that do not change what a request does (a location, a storage class, lifecycle rules,
+which take a day) are kept and shown. There is no access control either: predefined ACLs are
+taken without effect. Everything else that a client would rely on is refused here.
 """
 
 from collections.abc import Mapping
@@ -50,11 +51,11 @@ _PATHS_REFUSED = {
 def refuse_parameters(call: Call) -> None:
     """Raise 400 for a query or headers that ask for something that is not supported."""
     for name, feature in _QUERY_REFUSED.items():
-        if call.query.get(name, "false").lower() != "false":
+        if call.query.get(name, "").lower() not in ("", "false"):
             raise unsupported(feature)
     for name in call.headers:
         if name.startswith(("x-goog-encryption-", "x-goog-copy-source-encryption-")):
-            raise unsupported("customer-supplied encryption keys")
+            raise unsupported(f"encryption keys of the client's own ({name})")
 
 
 def refuse_path(parts: list[str]) -> None:
