@@ -76,6 +76,7 @@ lint: $(VENV)/.installed ## ruff, mypy, the arrows between the rooms, what tests
 	@$(VENV)/bin/python -m ruff format --check
 	@$(VENV)/bin/python -m mypy
 	@$(VENV)/bin/lint-imports --no-logo
+	@$(VENV)/bin/python scripts/lint_tests.py tests
 
 docs: $(VENV)-docs/.installed ## build the pages and the API reference into site/
 	@$(VENV)-docs/bin/python -m mkdocs build --strict --quiet

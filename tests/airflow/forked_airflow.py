@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 from contextlib import suppress
+from typing import Any
 
 # Airflow prints on import too, which must not be taken for an answer.
 _ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
@@ -67,12 +68,12 @@ def _wait_for_a_command() -> None:
     sys.exit()
 
 
-def _become(command: dict[str, object]) -> None:
+def _become(command: dict[str, Any]) -> None:
     """Take on a command's arguments, environment and log."""
     os.setsid()
     _ANSWERS.close()
     nothing = os.open(os.devnull, os.O_RDONLY)
-    log = os.open(str(command["log"]), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for source, target in (nothing, 0), (log, 1), (log, 2):
         os.dup2(source, target)
     os.environ.clear()

@@ -12,7 +12,7 @@ from airflow.sdk.execution_time.supervisor import run_task_in_process
 try:
     from airflow.dag_processing.dagbag import DagBag
 except ImportError:  # Airflow 3.1
-    from airflow.models.dagbag import DagBag
+    from airflow.models.dagbag import DagBag  # type: ignore[no-redef]
 
 _FIELDS = ("id", "task_id", "dag_id", "run_id", "try_number", "map_index", "dag_version_id")
 

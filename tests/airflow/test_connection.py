@@ -2,16 +2,18 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from keras_remote_airflow import CacheSensor, DataUploadOperator, connection
+from keras_remote_airflow._compat import make_gcs_hook
 from keras_remote_airflow.decorators import LocalDataOperator
 
 try:
     from airflow.sdk.exceptions import TaskDeferred
 except ImportError:  # Airflow 3.1 and older
-    from airflow.exceptions import TaskDeferred
+    from airflow.exceptions import TaskDeferred  # type: ignore[no-redef]
 
 CONTEXT = {"ti": None, "outlet_events": {}, "outlets": [], "inlet_events": {}, "params": {}}
 
@@ -31,14 +33,13 @@ def use(ref, **arguments):
 
 def test_connection_and_impersonation_go_to_the_google_provider(execute, dataset, monkeypatch):
     asked = []
-    make_gcs_hook = connection.make_gcs_hook
 
     def recording(**arguments):
         asked.append(arguments)
         return make_gcs_hook(gcp_conn_id="google_cloud_default")
 
     monkeypatch.setattr(connection, "make_gcs_hook", recording)
-    mine = {"gcp_conn_id": "mine", "impersonation_chain": ["a@x", "b@x"]}
+    mine: dict[str, Any] = {"gcp_conn_id": "mine", "impersonation_chain": ["a@x", "b@x"]}
     ref, _ = execute(upload(dataset, **mine))
     execute(CacheSensor(task_id="wait", data_ref=ref, **mine))
     use(ref, **mine).execute(CONTEXT)
@@ -47,9 +48,9 @@ def test_connection_and_impersonation_go_to_the_google_provider(execute, dataset
 
 def test_every_request_names_the_project_that_pays(execute, gcs_server, dataset):
     gcs_server.create_bucket("paid", requester_pays=True)
-    pays = {"user_project": "payer"}
+    pays: dict[str, Any] = {"user_project": "payer"}
 
-    wait = {"data": str(dataset), "bucket_name": "paid", "deferrable": True}
+    wait: dict[str, Any] = {"data": str(dataset), "bucket_name": "paid", "deferrable": True}
     with pytest.raises(TaskDeferred) as deferred:
         execute(CacheSensor(task_id="wait", **wait, **pays))
     ref, _ = execute(upload(dataset, "paid", **pays))

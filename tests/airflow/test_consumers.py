@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -381,7 +382,7 @@ def test_the_task_depends_on_the_upload(make):
         ),
         (lambda: vertex_command_kwargs(REF, [], materialize_at="data"), "absolute path"),
         (lambda: vertex_command_kwargs(REF, [], user_project="p"), "needs materialize_at"),
-        (lambda: vertex_custom_job_kwargs(REF, object()), "expected a dict"),
+        (lambda: vertex_custom_job_kwargs(REF, cast(Any, object())), "expected a dict"),
         (lambda: vertex_custom_job_kwargs(REF, {}), "no job_spec with worker_pool_specs"),
         (
             lambda: vertex_custom_job_kwargs(

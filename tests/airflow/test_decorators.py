@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -27,7 +27,7 @@ def paths():
         return f"/local/{ref.gcs_uri[-1]}"
 
     paths = PathsForRefs(fetch)
-    paths.fetched = fetched
+    paths.fetched = fetched  # type: ignore[attr-defined]
     return paths
 
 
@@ -59,6 +59,9 @@ class Lazy(collections.abc.Sequence):
     def __init__(self, *items):
         self.items = items
 
+    def __repr__(self):
+        return f"Lazy{self.items}"  # names the test: pytest-xdist wants it alike in all processes
+
     def __len__(self):
         return len(self.items)
 
@@ -76,7 +79,10 @@ class Lazy(collections.abc.Sequence):
         (Split(REF, OTHER), Split("/local/a", "/local/b")),
         (Config(REF), Config("/local/a")),
         (collections.OrderedDict(x=REF), collections.OrderedDict(x="/local/a")),
-        (collections.defaultdict(list, x=REF), collections.defaultdict(list, x="/local/a")),
+        (
+            collections.defaultdict[str, Any](list, {"x": REF}),
+            collections.defaultdict[str, Any](list, {"x": "/local/a"}),
+        ),
         (Lazy(REF, OTHER), ["/local/a", "/local/b"]),
     ],
     ids=lambda value: type(value).__name__,

@@ -3,6 +3,7 @@
 import logging
 import os
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_takes_a_data_object_too(execute, dataset):
 
 
 def test_constructing_it_touches_neither_the_data_nor_the_arguments():
-    arguments = {
+    arguments: dict[str, Any] = {
         "data": "/no/such/path/{{ run_id }}",
         "bucket_name": "{{ var.value.bucket }}",
         "namespace_prefix": "{{ 1 }}",

@@ -24,7 +24,7 @@ from keras_remote_airflow.testing import Fault
 try:
     from airflow.sdk.exceptions import TaskDeferred
 except ImportError:  # Airflow 3.1 and older
-    from airflow.exceptions import TaskDeferred
+    from airflow.exceptions import TaskDeferred  # type: ignore[no-redef]
 
 GOLDEN = "15d41417b45aa09c0450d8955b845bb278f2990728bcc5d919d62309a2c6ebee"
 GCS_URI = f"gs://test-bucket/default/data-cache/{GOLDEN}"

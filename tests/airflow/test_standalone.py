@@ -107,11 +107,11 @@ def _a_team_waits_until_another_has_uploaded(airflow, server, bucket, folder):
 
 def _training_runs_once_for_each_change(airflow, upload, folder):
     def trainings(count):
-        def runs():
+        def begun():
             found = airflow.runs("train_when_changed")
             return len(found) >= count and found
 
-        runs = airflow.until(runs, f"new data starts training {count}")
+        runs = airflow.until(begun, f"new data starts training {count}")
         for run in runs:
             airflow.wait_for("train", run, "success")
         return [airflow.xcom(run, "train") for run in runs]

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from keras_remote_airflow import CacheSensor, connection, upload_data
+from keras_remote_airflow._compat import make_gcs_hook
 from keras_remote_airflow.awaited import AwaitedDataset
 from keras_remote_airflow.core.refs import make_data_ref
 from keras_remote_airflow.testing import Fault
@@ -16,7 +17,7 @@ from keras_remote_airflow.triggers import CacheTrigger
 try:
     from airflow.sdk.exceptions import TaskDeferred
 except ImportError:  # Airflow 3.1 and older
-    from airflow.exceptions import TaskDeferred
+    from airflow.exceptions import TaskDeferred  # type: ignore[no-redef]
 
 GOLDEN = "15d41417b45aa09c0450d8955b845bb278f2990728bcc5d919d62309a2c6ebee"
 MARKER = f"default/data-cache/{GOLDEN}/.cache_marker"
@@ -151,7 +152,6 @@ def test_a_refusal_fails_but_may_be_retried(published, gcs_server):
 
 
 def test_fetches_the_connection_once_and_tries_again_when_that_fails(published, monkeypatch):
-    make_gcs_hook = connection.make_gcs_hook
     calls = []
 
     def failing_twice(**arguments):

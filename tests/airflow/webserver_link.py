@@ -5,12 +5,14 @@ provider info names for the link.
 """
 
 import sys
+from typing import Any
 
 from airflow.models import DagBag, DagRun
 from airflow.serialization.serialized_objects import SerializedDAG
 
 dag_file, dag_id, task_id, button = sys.argv[1:]
-dag = DagBag(dag_file, include_examples=False).get_dag(dag_id)
-task = SerializedDAG.from_dict(SerializedDAG.to_dict(dag)).get_task(task_id)
+dag = DagBag(dag_file, include_examples=False).get_dag(dag_id)  # type: ignore[call-arg]
+serialized: Any = SerializedDAG  # mypy sees the class of Airflow 3
+task = serialized.from_dict(serialized.to_dict(dag)).get_task(task_id)
 (run,) = DagRun.find(dag_id=dag_id)
 sys.stdout.write(str(task.get_extra_links(run.get_task_instance(task_id), button)))

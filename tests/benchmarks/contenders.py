@@ -95,7 +95,7 @@ def ours(job: Job) -> Actions:
         materialize(ref, os.path.join(job.scratch, "out"), client=client)
 
     def plan(**options: Any) -> str:
-        uploading.open_bucket = _open_insatiable  # type: ignore[assignment]
+        uploading.open_bucket = _open_insatiable  # type: ignore[assignment,attr-defined]
         return upload(**options)
 
     return {

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from keras_remote_airflow.core.cloud.store import ignore_moved
 from keras_remote_airflow.core.datasets.lookup import CacheEntry, lookup
 from keras_remote_airflow.core.datasets.upload import publish
 from keras_remote_airflow.core.disk.hashing import take_snapshot
@@ -41,14 +42,14 @@ class DyingStore(MemoryStore):
         super().__init__()
         self.lives = lives
 
-    def upload(self, uploads, done, moved):
+    def upload(self, files, done, moved=ignore_moved):
         def mortal(upload, was_sent):
             done(upload, was_sent)
             self.lives -= 1
             if self.lives == 0:
                 raise KeyboardInterrupt
 
-        super().upload(uploads, mortal, moved)
+        super().upload(files, mortal, moved)
 
 
 def test_marker_is_written_after_every_object(snapshot, key):

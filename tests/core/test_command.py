@@ -54,7 +54,7 @@ def get(monkeypatch, capsys):
         try:
             code = main(["get", *map(str, args)])
         except SystemExit as ended:  # argparse ends so
-            code = ended.code
+            code = int(ended.code)
         return subprocess.CompletedProcess(args, code, *capsys.readouterr())
 
     yield run
@@ -185,7 +185,7 @@ def test_one_argument_alone_that_is_not_spelled_as_a_path_is_no_destination(get,
 
 def test_sigterm_ends_it_with_the_exit_code_of_a_signal(get):
     class Input(io.StringIO):
-        def read(self):
+        def read(self, size=-1, /):
             os.kill(os.getpid(), signal.SIGTERM)
             return ""
 

@@ -13,6 +13,7 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -185,11 +186,15 @@ def test_each_part_of_a_files_state_counts(tmp_path, index, part):
         name: getattr(state, name)
         for name in ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino", "st_dev")
     }
+
+    def state_of(values: dict[str, int]) -> os.stat_result:
+        return cast(os.stat_result, SimpleNamespace(**values))
+
     changed = values | {list(values)[part]: list(values.values())[part] + 1}
     with HashIndex(index, str(root), 0, 0) as table:
-        assert table.look_up([b"a"], [SimpleNamespace(**changed)])[0] == []
+        assert table.look_up([b"a"], [state_of(changed)])[0] == []
     with HashIndex(index, str(root), 0, 0) as table:
-        known, [crc32c], digest = table.look_up([b"a"], [SimpleNamespace(**values)])
+        known, [crc32c], digest = table.look_up([b"a"], [state_of(values)])
     assert (known, crc32c, digest) == ([0], *snapshot.record(0)[2:4])
 
 

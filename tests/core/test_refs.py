@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -232,7 +233,7 @@ def test_no_text_crashes_or_stalls_the_parser():
 
 @pytest.mark.usefixtures("no_collection")
 def test_nesting_that_no_text_could_spell_is_refused_too():
-    deep: list[object] = []
+    deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
     with pytest.raises(InvalidInputError):

@@ -168,7 +168,7 @@ def test_a_pause_before_another_attempt_holds_up_no_other_file(
     limiter.limit = limit
     with Transport(client_for(server.url), UNHURRIED, limiter=limiter) as slow:
         GcsStore(BUCKET, slow).upload(
-            uploads, lambda upload, _: stored.setdefault(upload.name, time.monotonic())
+            uploads, lambda upload, _: stored.update({upload.name: time.monotonic()})
         )
     at = sorted(stored.values())
     assert len(at) == 200

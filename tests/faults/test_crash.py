@@ -1,6 +1,7 @@
 """Killed at any moment: no marker lies, and the next attempt sends only what is missing."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faultkit import (
@@ -106,7 +107,7 @@ def test_a_large_file_goes_on_where_the_connection_broke(
 @pytest.mark.parametrize("status", [404, 410])
 def test_a_lost_session_is_opened_anew(server: StorageServer, tmp_path: Path, status: int) -> None:
     path = make_tree(tmp_path / "data", {"big": content(BIG)})
-    put = {"method": "PUT", "path": "upload_id"}
+    put: dict[str, Any] = {"method": "PUT", "path": "upload_id"}
     server.add_fault(Fault(**put, action="drop_before", after_bytes=3 << 20))
     server.add_fault(Fault(**put, nth=2, status=status))
     result = do_upload(server.url, path)

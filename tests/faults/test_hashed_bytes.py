@@ -130,7 +130,7 @@ class Uploading(Thread):
         assert not self.is_alive()
         if isinstance(self.outcome, Exception):
             raise self.outcome
-        return self.outcome  # type: ignore[no-any-return]
+        return self.outcome
 
 
 @contextmanager

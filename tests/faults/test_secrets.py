@@ -28,7 +28,7 @@ def rotating_credentials() -> Any:
     """Credentials whose every refresh brings another token."""
     from google.auth.credentials import Credentials
 
-    class Rotating(Credentials):  # type: ignore[misc]
+    class Rotating(Credentials):
         refreshes = 0
 
         def refresh(self, request: object) -> None:
@@ -85,7 +85,7 @@ def test_no_token_is_logged_whatever_goes_wrong(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     for action in ("drop_before", "drop_after", "truncate"):
-        server.add_fault(Fault(action=action, times=4))  # type: ignore[arg-type]
+        server.add_fault(Fault(action=action, times=4))
     client = client_for(server.url, rotating_credentials())
     result = upload(BUCKET, make_tree(tmp_path / "data", FILES), client=client, retry=FAST)
     assert "secret-token" not in caplog.text

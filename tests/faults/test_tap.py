@@ -85,8 +85,6 @@ def test_a_body_is_never_sent_again_from_its_middle() -> None:
             transport.run(transport.call("asking", "GET", "/"))
             with pytest.raises(aiohttp.ClientError):
                 transport.run(
-                    transport.exchange(
-                        "PUT", "/", headers={"Content-Length": "11"}, data=pieces()
-                    )
+                    transport.exchange("PUT", "/", headers={"Content-Length": "11"}, data=pieces())
                 )
     assert [head.split()[0] for head in requests] == [b"GET", b"PUT"]
