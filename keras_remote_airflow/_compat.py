@@ -3,9 +3,9 @@
 Where `_requirements` finds that Airflow is missing or too old, importing this file raises an
 ImportError that says so in one line, and Airflow is not imported.
 
-Each name is taken from its newest home (up to 3.3), else from an older one (down to 2.11): the
-old homes warn on the versions that have the new (by a FutureWarning, which users would see). mypy
-checks the newest Airflow's branch only.
+Each name is taken from its newest home (up to 3.3), else from an older one (down to 2.11). On
+versions that have the newest home, an older one gives a FutureWarning, which users would see. mypy
+checks only the branch of the newest Airflow.
 """
 
 from datetime import datetime
@@ -29,7 +29,7 @@ try:
     )
     from airflow.sdk.bases.decorator import DecoratedOperator, task_decorator_factory
 
-    # The base of XComArg, and the one thing that Airflow 2 resolves when it renders templates.
+    # The base of XComArg. Airflow 2 resolves nothing else when it renders templates.
     from airflow.sdk.definitions._internal.mixins import ResolveMixin
     from airflow.sdk.execution_time.xcom import XCom
     from airflow.triggers.base import BaseTrigger, TriggerEvent

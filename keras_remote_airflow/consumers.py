@@ -53,7 +53,7 @@ def gcsfuse_pod_kwargs(
 
     Args:
         upload: the dataset, see the module.
-        mount_path: absolute path of the dataset in the container; None takes the ref's own.
+        mount_path: absolute path of the dataset in the container; None takes that of the ref.
         name: tells several datasets of one pod apart: a DNS label, at most 32 characters.
         mount_options: further mount options of Cloud Storage FUSE, separated by commas.
         add_to: keyword arguments of the operator to add to, such as another call's, or
@@ -100,7 +100,7 @@ def materialize_pod_kwargs(
 
     Args:
         upload: the dataset, see the module.
-        mount_path: absolute path of the dataset in the container; None takes the ref's own.
+        mount_path: absolute path of the dataset in the container; None takes that of the ref.
         image: an image for the init container that has this package; it needs no Airflow.
         name: tells several datasets of one pod apart: a DNS label, at most 32 characters.
         volume: the source of the volume that holds the data, as in a pod's YAML; None is an
@@ -191,8 +191,8 @@ def vertex_custom_job_kwargs(
 
     Args:
         upload: the dataset, see the module.
-        custom_job: the job, as a dict. It is not changed. For several datasets pass what another
-            call made of it.
+        custom_job: the job, as a dict. It is not changed. For several datasets, pass the job that
+            another call returned.
         name: tells several datasets of one job apart: a DNS label, at most 32 characters.
         materialize_at: absolute path in the containers that becomes the dataset, downloaded and
             verified before their commands are run (every worker pool needs a `container_spec` with
@@ -206,7 +206,7 @@ def vertex_custom_job_kwargs(
     source = _parse_upload(upload)
     if not isinstance(custom_job, Mapping):
         raise InvalidInputError(f"custom_job is a {type(custom_job).__name__}; expected a dict")
-    # Not deepcopy: what an earlier call left to be filled in must stay that.
+    # Not deepcopy: it would copy the tasks that an earlier call's values are to be filled in from.
     job = _copy_tree(custom_job)
     variables = _vertex_variables(name, materialize_at)
     first = _materialize_first(name, materialize_at, user_project)
@@ -245,8 +245,8 @@ def vertex_custom_job_kwargs(
 class _FilledIn(ResolveMixin):
     """Text that is made of the upload's ref when the task's templates are rendered.
 
-    Airflow takes it for an XComArg. It therefore sets the dependency, in a mapped task group too,
-    where a Jinja template would have to know the map index.
+    Airflow treats it as an XComArg, so it sets the dependency. That works in a mapped task group
+    too, where a Jinja template would need the map index.
     """
 
     def __init__(self, output: Any, what: str, make: Callable[[DataRef], str]) -> None:

@@ -25,7 +25,7 @@ def local_data_task(
     multiple_outputs: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Make a task of a function, and local paths of the data refs among its arguments.
+    """Make a task of a function whose data refs arrive as local paths.
 
     Every ref is replaced by the path of what it names, downloaded and verified as `materialize`
     does it: the directory, or the file. Refs are found at any depth of dicts, lists, tuples and
@@ -141,7 +141,7 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
 
 
 class PathsForRefs:
-    """Puts paths where refs are; a value without refs is returned as it is, the very object.
+    """Puts paths where refs are; a value without refs is returned itself, not a copy.
 
     Args:
         fetch: returns the path for a ref; called once for each dataset.

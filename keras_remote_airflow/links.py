@@ -30,7 +30,8 @@ class DatasetLink(BaseOperatorLink):
 def console_url(ref: DataRef) -> str:
     """Return the page of Google's console that shows what `ref` names.
 
-    Cached data is shown as a folder, a single file too: the ref names the prefix it lies under.
+    Data in a cache is shown as a folder, even a single file: the ref names the prefix that the
+    file lies under.
     """
     if ref.is_prefix:
         return f"{_CONSOLE}/{ref.bucket}/{quote(ref.object_name.rstrip('/'))}"

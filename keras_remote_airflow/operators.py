@@ -39,8 +39,8 @@ class DataUploadOperator(BaseOperator):
     Outlets: an `AssetAlias` (Airflow 2: `DatasetAlias`) gets an event only when the data is new,
     so a DAG scheduled on it runs once per changed dataset; an `Asset` gets one on every success,
     as from any task. Both events carry the ref and the content hash, see `assets`. Data is new when
-    it was not published before; a retry counts what an earlier try of the same run published as
-    new, and `gs://` data, which has no hash, always is.
+    it was not published before. In a retry, data that an earlier try of the same run published is
+    new. `gs://` data has no hash, and always is new.
 
     Metrics: see `metrics`. OpenLineage, where its provider is installed: see `lineage`.
 
@@ -61,8 +61,8 @@ class DataUploadOperator(BaseOperator):
         hash_index: file on the worker that remembers the hashes of unchanged files, see
             `core.disk.index`; None takes the worker's `KERAS_REMOTE_HASH_INDEX`, or reads every
             file. Templated.
-        on_cache_hit: "continue", or "skip" to end as skipped, and what is downstream with it, when
-            the data is not new. The XComs are pushed either way.
+        on_cache_hit: "continue", or "skip": if the data is not new, the task ends as skipped, and
+            Airflow skips what is downstream. The XComs are pushed either way.
         multiple_outputs: push each field of the ref as an XCom of its own too.
     """
 
