@@ -174,6 +174,7 @@ def test_a_connection_that_never_comes_is_an_error_with_its_own_traceback(gcs_se
         run(trigger())
 
 
+@pytest.mark.slow
 def test_the_event_loop_is_never_blocked(published, gcs_server):
     run(trigger())  # the first connection imports the google provider, which holds the GIL
     gcs_server.add_fault(Fault(path=MARKER, times=0, latency=3))

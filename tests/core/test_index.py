@@ -128,6 +128,7 @@ def test_only_what_is_new_is_read_wherever_it_is_and_whatever_is_gone(tmp_path, 
     assert {name for name in opened if name in files} == {os.path.basename(n) for n in new}
 
 
+@pytest.mark.slow
 def test_only_what_is_new_is_read_where_a_root_has_many_blocks(tmp_path, index, monkeypatch):
     root = tmp_path / "data"
     for number in range(3300):
@@ -473,6 +474,7 @@ def test_one_roots_damaged_block_does_not_hurt_another_root(tree, tmp_path, inde
     assert _recorded(index) == {str(tree): 4}  # a damaged index is replaced as a whole
 
 
+@pytest.mark.slow
 def test_processes_share_an_index(tmp_path, index):
     roots = [tmp_path / f"root{number}" for number in range(6)]
     for number, root in enumerate(roots):
@@ -516,6 +518,7 @@ def test_the_format_is_the_documented_one(tree, index):
     assert digests == b"".join(file.digest for file in snapshot.records())
 
 
+@pytest.mark.slow
 def test_an_index_takes_at_most_200_bytes_a_file(tmp_path, index):
     state = os.stat(__file__)
     for name in ("gone", "here", "there"):
@@ -528,6 +531,7 @@ def test_an_index_takes_at_most_200_bytes_a_file(tmp_path, index):
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["nothing is known", "all has changed"])
+@pytest.mark.slow
 def test_memory_beside_the_snapshot_is_at_most_20_mib_for_a_million_files(tmp_path, index, known):
     (tmp_path / "data").mkdir()
     snapshot = _snapshot_of(MANY, tmp_path / "data")

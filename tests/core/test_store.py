@@ -283,6 +283,7 @@ def test_object_replaced_since_it_was_listed_is_an_integrity_error(subject, tmp_
         subject.store.download([ObjectToFetch(info, str(tmp_path / "back"))], lambda _: None)
 
 
+@pytest.mark.slow
 def test_bytes_that_disagree_with_the_checksum_are_an_integrity_error(store, tmp_path):
     store.create("name", b"content")
     info = only(store, "name")._replace(crc32c=1)

@@ -183,6 +183,7 @@ def test_each_object_carries_the_digest_of_its_file(tree, bucket):
         assert blob.metadata == {DIGEST_KEY: digest.hex()}
 
 
+@pytest.mark.slow
 def test_requests_are_in_flight_together(tree, gcs_server, gcs_bucket):
     gcs_server.latency = 0.5
     files = {f"{number}.bin": bytes([number]) for number in range(60)}

@@ -239,6 +239,7 @@ def test_the_dag_examples_for_changed_data_run(
 
 
 @_pages_with(lambda block: block.language == "console")
+@pytest.mark.slow
 def test_commands_print_what_the_page_shows(
     page: Path,
     environment: dict[str, str],
@@ -275,6 +276,8 @@ def test_commands_print_what_the_page_shows(
         assert re.search(pattern, printed), f"$ {command}\n{printed}\nexpected:\n{shown}"
 
 
+@pytest.mark.slow
+@pytest.mark.airflow
 def test_the_tests_that_users_are_shown_pass(environment: dict[str, str], project: Path) -> None:
     status, output = _run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests"], environment, project

@@ -29,6 +29,8 @@ from keras_remote_airflow.core.cloud.transport import Transport
 from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.testing import Fault, StorageServer
 
+pytestmark = pytest.mark.slow  # moves much data, and measures
+
 SIZE = 200 << 20
 UNHURRIED = RetryPolicy(deadline=60, initial=0.01, maximum=0.1, stall_timeout=60)
 

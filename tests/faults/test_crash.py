@@ -23,6 +23,8 @@ from keras_remote_airflow.core.cloud.retry import RetryPolicy
 from keras_remote_airflow.core.datasets.upload import UploadResult
 from keras_remote_airflow.testing import Fault, StorageServer
 
+pytestmark = pytest.mark.slow  # kills processes
+
 FILES = small_files(4) | {"big": content(BIG)}
 # Marker read, listing, four objects, session, its bytes, marker.
 REQUESTS = 9

@@ -19,6 +19,8 @@ from faultkit import (
 from keras_remote_airflow.core.cloud.retry import RetryPolicy
 from keras_remote_airflow.testing import StorageServer
 
+pytestmark = pytest.mark.slow  # many processes at once
+
 # Eight processes on a small machine: being slow must not count as stalling.
 UNHURRIED = RetryPolicy(deadline=60, initial=0.01, maximum=0.1, stall_timeout=60)
 PROCESSES = 8

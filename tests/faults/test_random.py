@@ -35,6 +35,8 @@ from keras_remote_airflow.core.layout import CacheKey
 from keras_remote_airflow.core.progress import Progress
 from keras_remote_airflow.testing import StorageServer
 
+pytestmark = pytest.mark.slow  # many journeys, some of them killed
+
 _log = logging.getLogger(__name__)
 _PART = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="/\\:"),

@@ -145,6 +145,7 @@ def test_what_is_there_already_is_verified(
 
 
 @pytest.mark.parametrize("round_", range(3))
+@pytest.mark.slow
 def test_many_processes_materialize_to_one_place(
     server: StorageServer, tmp_path: Path, uploaded: str, round_: int
 ) -> None:
@@ -156,6 +157,7 @@ def test_many_processes_materialize_to_one_place(
     assert left(tmp_path) == {"back"}
 
 
+@pytest.mark.slow
 def test_a_kill_half_way_leaves_nothing_and_is_swept_up(
     server: StorageServer, tmp_path: Path, uploaded: str
 ) -> None:

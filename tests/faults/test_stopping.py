@@ -31,6 +31,8 @@ from keras_remote_airflow.core.cloud.transport import Transport
 from keras_remote_airflow.core.disk.destination import partial_name
 from keras_remote_airflow.testing import Fault, StorageServer
 
+pytestmark = pytest.mark.slow  # kills processes
+
 PATIENT = RetryPolicy(deadline=300, initial=100, maximum=100, stall_timeout=300)
 
 

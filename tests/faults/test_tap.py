@@ -17,6 +17,8 @@ from keras_remote_airflow.core.cloud.transport import Transport
 from keras_remote_airflow.core.errors import StoreError
 from keras_remote_airflow.testing import Fault, StorageServer
 
+pytestmark = pytest.mark.slow  # waits for connections that stall
+
 
 @pytest.mark.parametrize("size", [1 << 20, 6 << 20, 24 << 20], ids=["whole", "streamed", "session"])
 def test_a_server_that_stops_reading_is_given_up_and_tried_again(

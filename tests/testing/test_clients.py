@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -159,6 +160,14 @@ class TestGoogleCloudStorage:
             assert file.read() == BIG[300_000:600_000]
 
 
+def needs(module: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        importlib.util.find_spec(module) is None,
+        reason=f"{module} comes with Airflow's google provider",
+    )
+
+
+@needs("gcloud")
 class TestGcloudAio:
     @pytest.fixture(autouse=True)
     def _environment(self, server: StorageServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +266,8 @@ assert fs.exists("made-bucket")
 """
 
 
+@pytest.mark.slow
+@needs("gcsfs")
 def test_gcsfs_makes_its_journey(server: StorageServer) -> None:
     # In a process of its own: gcsfs reads part of the environment when it is imported.
     env = {**os.environ, **server.env()}

@@ -41,6 +41,7 @@ def run_users_tests(pytester: pytest.Pytester) -> Any:
     return pytester.runpytest_subprocess("-rs")
 
 
+@pytest.mark.slow
 def test_the_fixtures_offer_a_server_of_their_own(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,6 +49,7 @@ def test_the_fixtures_offer_a_server_of_their_own(
     run_users_tests(pytester).assert_outcomes(passed=2)
 
 
+@pytest.mark.slow
 def test_the_fixtures_use_a_server_that_is_set_already(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
