@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -67,7 +68,7 @@ def _opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def _recorded(index: str) -> dict[str, int]:
     """Return how many files the index knows of each root."""
     with closing(sqlite3.connect(index)) as db:
-        rows = db.execute("SELECT root, sum(length(crcs)) / 4 FROM blocks GROUP BY root")
+        rows = db.execute("SELECT root, sum(length(files)) / 76 FROM blocks GROUP BY root")
         return {os.fsdecode(root): files for root, files in rows}
 
 
@@ -89,7 +90,7 @@ def _fill(index: str, snapshot: Snapshot, state: os.stat_result) -> None:
     with HashIndex(index, snapshot.root, 1 << 62, 0) as table:
         while some := list(islice(names, 1000)):
             table.look_up(some, [state] * len(some))
-    table.save(snapshot)
+        table.save(snapshot)
 
 
 def test_unchanged_files_are_not_opened_again(tree, index, monkeypatch):
@@ -240,12 +241,12 @@ def _flip(content: bytes) -> bytes:
 # What has become of an index, and whether the next run replaces it.
 DAMAGE = {
     "flipped bit": (_bytes(_flip), True),
-    "flipped bit in a digest": (_sql("UPDATE blocks SET digests = zeroblob(128)"), True),
+    "flipped bit in a digest": (_sql("UPDATE blocks SET files = zeroblob(304)"), True),
     "truncated": (_bytes(lambda content: content[:4096]), False),
     "zeros": (_bytes(lambda content: content[:4096] + bytes(len(content) - 4096)), True),
     "another table": (_sql("DROP TABLE blocks", "CREATE TABLE blocks (root)"), True),
     "no table": (_sql("DROP TABLE blocks"), True),
-    "text": (_sql("UPDATE blocks SET states = 'text'"), True),
+    "text": (_sql("UPDATE blocks SET files = 'text'"), True),
     "nothing": (_sql("UPDATE blocks SET paths = NULL"), True),
     "newer format": (_sql("PRAGMA user_version = 2"), False),
     "other program": (_sql("PRAGMA application_id = 1"), False),
@@ -329,7 +330,7 @@ import os, sqlite3, sys
 db = sqlite3.connect(sys.argv[1], isolation_level=None)
 db.execute("PRAGMA cache_size = 1")
 db.execute("BEGIN")
-db.execute("UPDATE blocks SET digests = randomblob(400000)")
+db.execute("UPDATE blocks SET files = randomblob(400000)")
 os._exit(0)
 """
     subprocess.run([sys.executable, "-c", script, index], check=True, timeout=60)
@@ -496,7 +497,7 @@ def test_an_unchanged_block_is_not_written_again(tmp_path, index):
     _fill(index, snapshot, os.stat(__file__))
     _sql(
         "CREATE TABLE written (number)",
-        "CREATE TRIGGER note AFTER UPDATE ON blocks"
+        "CREATE TRIGGER note AFTER INSERT ON blocks"
         " BEGIN INSERT INTO written VALUES (new.number); END",
     )(index)
     snapshot.fill(1500, 1, 0, bytes(32), 1)
@@ -510,12 +511,22 @@ def test_the_format_is_the_documented_one(tree, index):
     with closing(sqlite3.connect(index)) as db:
         assert db.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
         assert db.execute("PRAGMA user_version").fetchone() == (FORMAT_VERSION,)
-        [(root, number, paths, digests)] = db.execute(
-            "SELECT root, number, paths, digests FROM blocks"
-        )
+        [(root, number, paths, files)] = db.execute("SELECT root, number, paths, files FROM blocks")
     assert (root, number) == (os.fsencode(tree), 0)
     assert paths.split(b"\0") == list(snapshot.names())
-    assert digests == b"".join(file.digest for file in snapshot.records())
+    for file, record in zip(
+        snapshot.records(), struct.iter_unpack("=QqqQqI32s", files), strict=True
+    ):
+        state = os.stat(tree / file.path)
+        assert record == (
+            file.size,
+            file.mtime_ns,
+            state.st_ctime_ns,
+            state.st_ino,
+            state.st_dev,
+            file.crc32c,
+            file.digest,
+        )
 
 
 @pytest.mark.slow
@@ -542,5 +553,5 @@ def test_memory_beside_the_snapshot_is_at_most_20_mib_for_a_million_files(tmp_pa
     _fill(index, snapshot, state)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # 16 bytes a file and what arrays have to spare, and some blocks; SQLite's cache has 0.5 MiB.
+    # 17 MiB for a million files, some blocks and 1 MiB of states; SQLite's cache has 2 MiB.
     assert peak < 17 * MANY + (3 << 19)

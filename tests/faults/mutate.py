@@ -128,8 +128,8 @@ MUTATIONS = {
     ),
     "hash index trusted too soon": (
         "core/disk/index.py",
-        " if max(row[0].mtime_ns, row[1]) < self._settled_ns)",
-        ")",
+        "            if max(file.mtime_ns, ctime_ns) < self._settled_ns:\n",
+        "            if True:\n",
         "../core/test_index.py",
     ),
     "hash index blind for ctime": (
@@ -140,8 +140,8 @@ MUTATIONS = {
     ),
     "hash index blind for damage": (
         "core/disk/index.py",
-        "        if _crc32c(columns) != crc32c:\n",
-        "        if False:\n",
+        "            if _crc32c(joined, files) != crc32c:\n",
+        "            if False:\n",
         "../core/test_index.py",
     ),
     "uploaders in step": (

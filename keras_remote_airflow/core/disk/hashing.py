@@ -125,21 +125,22 @@ def take_snapshot(
         expected = 1, os.path.getsize(path)
     if expected:
         counts.expect(*expected)
-    with index or nullcontext(), counts, _Hasher(snapshot, counts, config) as hasher:
-        for folder, names in walk(path) if is_dir else [single_file(path)]:
-            paths = encode_names(path, folder, names)
-            files = _Files(
-                os.path.join(path if is_dir else os.path.dirname(path), folder),
-                names,
-                paths,
-                snapshot.add_names(paths),
-            )
-            unknown = _unknown(files, snapshot, index) if index else range(len(names))
-            counts.add(len(names) - len(unknown), 0)
-            hasher.hash(files, unknown)
-    snapshot.finish()
-    if index:
-        index.save(snapshot)
+    with index or nullcontext():
+        with counts, _Hasher(snapshot, counts, config) as hasher:
+            for folder, names in walk(path) if is_dir else [single_file(path)]:
+                paths = encode_names(path, folder, names)
+                files = _Files(
+                    os.path.join(path if is_dir else os.path.dirname(path), folder),
+                    names,
+                    paths,
+                    snapshot.add_names(paths),
+                )
+                unknown = _unknown(files, snapshot, index) if index else range(len(names))
+                counts.add(len(names) - len(unknown), 0)
+                hasher.hash(files, unknown)
+        snapshot.finish()
+        if index:
+            index.save(snapshot)
     _log.debug(
         "Hashed %d files, %d bytes in %.2f s: %s",
         len(snapshot),
