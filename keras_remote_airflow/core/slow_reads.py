@@ -7,13 +7,11 @@ again, that number doubles.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 _SLOW_IN_A_ROW = 3
 
 
-def _waiting_seconds() -> float:
+def waiting_seconds() -> float:
     """Return a clock of this thread that stands still while the thread computes."""
     return time.perf_counter() - time.thread_time()
 
@@ -24,18 +22,11 @@ class SlowReads:
     Args:
         slow_read_seconds: a read that waits longer is slow.
         reads_by_threads: number of reads that threads make before one is measured again, at first.
-        clock: seconds that pass while this thread does not compute.
     """
 
-    def __init__(
-        self,
-        slow_read_seconds: float,
-        reads_by_threads: int,
-        clock: Callable[[], float] = _waiting_seconds,
-    ) -> None:
+    def __init__(self, slow_read_seconds: float, reads_by_threads: int) -> None:
         self._slow_read_seconds = slow_read_seconds
         self._first_reads_by_threads = self._reads_by_threads = reads_by_threads
-        self._clock = clock
         self._slow_in_a_row = 0
         self._left = 0
 
@@ -53,16 +44,9 @@ class SlowReads:
         """Count reads that threads make, unmeasured."""
         self._left -= reads
 
-    @contextmanager
-    def measure(self, reads: int) -> Iterator[None]:
-        """Measure `reads` reads, one or more, which this thread makes inside `with`."""
-        started = self._clock()
-        yield
-        self.note((self._clock() - started) / reads)
-
-    def note(self, waited_seconds: float) -> None:
-        """Note how long a read waited."""
-        if waited_seconds <= self._slow_read_seconds:
+    def note(self, waited_seconds: float, reads: int = 1) -> None:
+        """Note how long so many reads waited together."""
+        if waited_seconds <= self._slow_read_seconds * reads:
             self._slow_in_a_row = 0
             self._reads_by_threads = self._first_reads_by_threads
             return

@@ -508,7 +508,7 @@ def stored_as(snapshot, digests):
     [
         ({"sub/eval.csv": "ab" * 32}, ["sub/eval.csv"]),
         ({"train.csv": None}, ["train.csv"]),
-        ({"sub/eval.csv": "ab" * 32, "train.csv": None}, ["train.csv", "sub/eval.csv"]),
+        ({"sub/eval.csv": "ab" * 32, "train.csv": None}, ["sub/eval.csv", "train.csv"]),
         (dict.fromkeys(FILES), []),  # other clients attach none
     ],
     ids=["replaced", "added", "both", "another client"],

@@ -63,11 +63,8 @@ def test_fast_read_ends_it_and_the_next_slow_disk_starts_anew(reads):
 
 
 def test_reads_measured_together_count_with_their_mean():
-    ticks = iter([0.0, 0.4, 1.0, 1.1])
-    reads = SlowReads(slow_read_seconds=0.05, reads_by_threads=8, clock=lambda: next(ticks))
-    with reads.measure(4):
-        pass
+    reads = SlowReads(slow_read_seconds=0.05, reads_by_threads=8)
+    reads.note(0.4, reads=4)
     assert reads.last_was_slow
-    with reads.measure(4):
-        pass
+    reads.note(0.1, reads=4)
     assert not reads.last_was_slow

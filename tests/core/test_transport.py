@@ -283,6 +283,10 @@ def test_token_that_expires_under_way_is_refreshed_once(proxy, gcs_bucket, tree)
     assert tokens.count("Bearer token-2") == 200 - tokens.count("Bearer token-1") > 0
 
 
+async def asking(transport: Transport, *request, **options):
+    return await transport.retry.run("asking", lambda: transport.exchange(*request, **options))
+
+
 class Stuck(ShortLived):
     """A token that cannot be fetched, which takes a while to tell."""
 
@@ -296,7 +300,7 @@ def test_token_that_cannot_be_fetched_holds_up_all_requests_together(gcs_server)
     async def requests() -> None:
         async with asyncio.TaskGroup() as group:
             for _ in range(16):
-                group.create_task(transport.call("looking", "GET", "/storage/v1/b"))
+                group.create_task(asking(transport, "GET", "/storage/v1/b"))
 
     credentials = Stuck()
     client = client_for(gcs_server.url, credentials)
@@ -378,7 +382,7 @@ def test_whoever_never_answers_is_given_up_on(proxy, monkeypatch, scheme, words,
         with Transport(client_for(f"{scheme}://{HOST}"), policy) as transport:
             data = b"x" * size or None
             with pytest.raises(StoreError, match="no answer in time"):
-                transport.run(transport.call("asking", "POST", "/", data=data))
+                transport.run(asking(transport, "POST", "/", data=data))
         stop.set()
 
 
@@ -398,7 +402,8 @@ def test_an_answer_that_comes_slowly_is_not_given_up_on():
         policy = RetryPolicy(deadline=0, stall_timeout=1.0)
         client = client_for(f"http://127.0.0.1:{slow.getsockname()[1]}")
         with Transport(client, policy) as transport:
-            assert transport.run(transport.call("asking", "GET", "/")) == (200, b"patience!")
+            status, _, body = transport.run(asking(transport, "GET", "/"))
+            assert (status, body) == (200, b"patience!")
         stop.set()
 
 

@@ -62,8 +62,8 @@ MUTATIONS = {
     ),
     "marker's body not read": (
         "core/datasets/lookup.py",
-        "    receipt = parse_marker(body, key)\n    only",
-        "    receipt = None\n    only",
+        "    receipt = parse_marker(body, key)\n    if",
+        "    receipt = None\n    if",
         "test_hit.py",
     ),
     "everything sent again": (

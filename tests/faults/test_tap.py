@@ -84,7 +84,7 @@ def test_a_body_is_never_sent_again_from_its_middle() -> None:
             target=answer_the_first_and_hang_up_on_others, args=(server,), daemon=True
         ).start()
         with Transport(client_for(url), RetryPolicy(deadline=0, stall_timeout=5)) as transport:
-            transport.run(transport.call("asking", "GET", "/"))
+            transport.run(transport.exchange("GET", "/"))
             with pytest.raises(aiohttp.ClientError):
                 transport.run(
                     transport.exchange("PUT", "/", headers={"Content-Length": "11"}, data=pieces())

@@ -127,21 +127,20 @@ class GcsStore:
 
     def create(self, name: str, content: bytes) -> bool:
         declared = {"name": name, "crc32c": encode_crc32c(google_crc32c.value(content))}
-        headers, data = _multipart(declared, "application/json", content)
-        status, _ = self._transport.run(
-            self._transport.call(
-                f"creating {self._uri(name)}",
-                "POST",
-                self._create_url + "&uploadType=multipart",
-                expected=(200, 412),
-                headers=headers,
-                data=data,
-            )
-        )
-        return status == 200
+        headers, head, tail = _multipart(declared, "application/json")
+        url = self._create_url + "&uploadType=multipart"
+        body = head + content + tail
 
-    def _run(self, what: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
-        return self._transport.run(self._transport.retry.run(what, attempt))
+        async def attempt() -> int:
+            status, _, _ = await self._transport.exchange(
+                "POST", url, expected=(200, 412), headers=headers, data=body
+            )
+            return status
+
+        return self._run(f"creating {self._uri(name)}", attempt, len(body)) == 200
+
+    def _run(self, what: str, attempt: Callable[[], Awaitable[_T]], size: int = 0) -> _T:
+        return self._transport.run(self._transport.retry.run(what, attempt, size))
 
     # Uploads
 
@@ -180,15 +179,12 @@ class GcsStore:
     async def _send_whole(self, file: FileToSend, transit: Transit) -> bool:
         """Send a file in one multipart request; return False if the object was there."""
         url = self._create_url + "&uploadType=multipart"
-        declared = _declared(file)
-        content_type = _content_type(file.name)
+        headers, head, tail = _multipart(_declared(file), _content_type(file.name))
 
         async def attempt() -> int:
             if file.size <= CHUNK_BYTES:
                 content = await self._disk.read(partial(read_whole, file))
-                headers, data = _multipart(declared, content_type, content)
-                return await self._put("POST", url, file, headers, data)
-            headers, head, tail = _multipart_frame(declared, content_type)
+                return await self._put("POST", url, file, headers, head + content + tail)
             headers["Content-Length"] = str(len(head) + file.size + len(tail))
             with Source(file) as source:
                 pieces = source.pieces(0, transit, self._disk)
@@ -364,9 +360,7 @@ async def _framed(head: bytes, pieces: AsyncIterator[bytes], tail: bytes) -> Asy
     yield tail
 
 
-def _multipart_frame(
-    declared: dict[str, Any], content_type: str
-) -> tuple[dict[str, str], bytes, bytes]:
+def _multipart(declared: dict[str, Any], content_type: str) -> tuple[dict[str, str], bytes, bytes]:
     """Return headers, and what goes before and after the content of a multipart upload."""
     head = (
         f"--{_BOUNDARY}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n"
@@ -374,13 +368,6 @@ def _multipart_frame(
     )
     headers = {"Content-Type": f'multipart/related; boundary="{_BOUNDARY}"'}
     return headers, head.encode(), f"\r\n--{_BOUNDARY}--\r\n".encode()
-
-
-def _multipart(
-    declared: dict[str, Any], content_type: str, content: bytes
-) -> tuple[dict[str, str], bytes]:
-    headers, head, tail = _multipart_frame(declared, content_type)
-    return headers, head + content + tail
 
 
 def _declared(file: FileToSend) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Disk:
         if self._slow_reads.threads_should_read:
             self._slow_reads.read_by_threads(1)
             return await asyncio.to_thread(work)
-        # Not `measure`: asking for this thread's CPU time costs more than reading a small file.
+        # Not `waiting_seconds`: this thread's CPU time costs more than reading a small file.
         started = time.perf_counter()
         content = work()
         self._slow_reads.note(time.perf_counter() - started)

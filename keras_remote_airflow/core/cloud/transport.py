@@ -17,7 +17,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, M
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import lru_cache
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import quote
 
@@ -96,12 +96,7 @@ class Transport:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self._submit(self._close()).result(timeout=10)
         finally:
@@ -235,18 +230,6 @@ class Transport:
         """
         async with self.request(method, url, **options) as answer:
             return answer.status, answer.headers, b"".join([piece async for piece in answer.body])
-
-    async def call(self, what: str, method: str, url: str, **options: Any) -> tuple[int, bytes]:
-        """Send a request whose answer is small, retrying; return status and body.
-
-        `what` is as in `Retrier.run`, the other parameters as in `request`.
-        """
-
-        async def attempt() -> tuple[int, bytes]:
-            status, _, body = await self.exchange(method, url, **options)
-            return status, body
-
-        return await self.retry.run(what, attempt, len(options.get("data") or b""))
 
 
 async def _watched(pieces: AsyncIterable[bytes], moved: Callable[[], None]) -> AsyncIterator[bytes]:

@@ -64,22 +64,22 @@ def merge_join(
         index = next(files, None)
 
 
-def differences(
-    snapshot: Snapshot,
-    objects: Iterable[tuple[bytes, ObjectInfo]],
-    last_path: bytes | None = None,
-) -> Iterator[tuple[int | None, ObjectInfo | None]]:
-    """Yield what `merge_join` yields, without the files whose object has their size and CRC32C."""
-    for index, info in merge_join(snapshot, objects, last_path):
-        if index is not None and info is not None:
-            file = snapshot.record(index)
-            if (file.size, file.crc32c) == (info.size, info.crc32c):
-                continue
-        yield index, info
+def stored_files(
+    store: ObjectStore, key: CacheKey, verify: str
+) -> tuple[Iterator[tuple[bytes, ObjectInfo]], bytes | None]:
+    """List the files under `key`, as `data_objects` does, and where the listing is cut off.
+
+    It is whole (and the second value None) if `verify` is "full"; "page" lists the first page.
+    """
+    if verify == "full":
+        return data_objects(list_objects(store, key.prefix), key.prefix), None
+    page = first_page(store, key.prefix)
+    last_path = page.objects[-1].name.removeprefix(key.prefix).encode() if page.next_token else None
+    return data_objects(page.objects, key.prefix), last_path
 
 
 def missing_files(
-    store: ObjectStore, key: CacheKey, snapshot: Snapshot, *, only_first_page: bool = False
+    store: ObjectStore, key: CacheKey, snapshot: Snapshot, verify: str = "full"
 ) -> Iterator[int]:
     """Yield the index of each file of the snapshot that has no object under `key`.
 
@@ -87,20 +87,12 @@ def missing_files(
         store: the bucket that `key` names.
         key: the entry.
         snapshot: the data.
-        only_first_page: look no further than the first page of the listing.
+        verify: as in `stored_files`.
 
     Raises:
         ConflictError: an object under `key` holds other bytes than its file, or has no file.
     """
-    last_path = None
-    if only_first_page:
-        page = first_page(store, key.prefix)
-        objects = iter(page.objects)
-        if page.next_token is not None:
-            last_path = page.objects[-1].name.removeprefix(key.prefix).encode()
-    else:
-        objects = list_objects(store, key.prefix)
-    for index, found in differences(snapshot, data_objects(objects, key.prefix), last_path):
+    for index, found in merge_join(snapshot, *stored_files(store, key, verify)):
         if found is None:
             if index is not None:
                 yield index
@@ -112,4 +104,6 @@ def missing_files(
                 f"{uri}. Find out who wrote it; {how_to_clear(uri)}"
             )
         file = snapshot.record(index)
-        raise conflict(uri, found, snapshot.local_path(file.path), file.size, file.crc32c)
+        if (file.size, file.crc32c) != (found.size, found.crc32c):
+            path = snapshot.local_path(file.path)
+            raise conflict(uri, found, path, file.size, file.crc32c)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from keras_remote_airflow.core.cloud.bucket import open_bucket
-from keras_remote_airflow.core.cloud.store import ObjectStore, first_page, list_objects
-from keras_remote_airflow.core.datasets.diff import data_objects, missing_files
+from keras_remote_airflow.core.cloud.store import ObjectStore
+from keras_remote_airflow.core.datasets.diff import missing_files, stored_files
 from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH, Snapshot
 from keras_remote_airflow.core.errors import ConflictError, InvalidInputError, MarkerError
 from keras_remote_airflow.core.layout import CacheKey, Receipt, get_layout, parse_marker
@@ -92,14 +92,12 @@ def lookup(
     if body is None:
         return None
     receipt = parse_marker(body, key)
-    only_first_page = verify == "page"
     if snapshot is not None:
         _check_receipt(receipt, key, snapshot)
-        missing = missing_files(store, key, snapshot, only_first_page=only_first_page)
-        count = sum(1 for _ in missing)
+        count = sum(1 for _ in missing_files(store, key, snapshot, verify))
         shortfall = f"{count} of {len(snapshot)} objects missing" if count else None
     elif receipt is not None:
-        shortfall = _shortfall(store, key, receipt, only_first_page=only_first_page)
+        shortfall = _shortfall(store, key, receipt, verify)
     else:
         shortfall = None if _may_be_whole(store, key) else "no objects found"
     if shortfall:
@@ -134,23 +132,17 @@ def _may_be_whole(store: ObjectStore, key: CacheKey) -> bool:
     """Whether there is anything under a marker of another client, which does not say how much."""
     if key.content_hash == EMPTY_DIRECTORY_HASH:
         return True
-    return any(data_objects(list_objects(store, key.prefix), key.prefix))
+    return any(stored_files(store, key, "full")[0])
 
 
-def _shortfall(
-    store: ObjectStore, key: CacheKey, receipt: Receipt, *, only_first_page: bool
-) -> str | None:
+def _shortfall(store: ObjectStore, key: CacheKey, receipt: Receipt, verify: str) -> str | None:
     """Return in words how the objects under `key` fall short of the receipt, or None.
 
     Raises ConflictError if they are more than the receipt says.
     """
-    if only_first_page:
-        page = first_page(store, key.prefix)
-        shows_all, shown = page.next_token is None, iter(page.objects)
-    else:
-        shows_all, shown = True, list_objects(store, key.prefix)
     files = size = 0
-    for _, info in data_objects(shown, key.prefix):
+    shown, last_path = stored_files(store, key, verify)
+    for _, info in shown:
         files += 1
         size += info.size
     if files > receipt.files or size > receipt.total_bytes:
@@ -160,7 +152,7 @@ def _shortfall(
             f"with {receipt.total_bytes} that its marker says: {key.gcs_uri}. Find out who wrote "
             "the others, and remove them."
         )
-    if shows_all and (files, size) != (receipt.files, receipt.total_bytes):
+    if last_path is None and (files, size) != (receipt.files, receipt.total_bytes):
         return (
             f"{files} of {receipt.files} objects with {size} of {receipt.total_bytes} bytes found"
         )

@@ -12,7 +12,7 @@ from keras_remote_airflow.core.cloud.store import (
     first_page,
     list_objects,
 )
-from keras_remote_airflow.core.datasets.diff import data_objects, differences, merge_join
+from keras_remote_airflow.core.datasets.diff import data_objects, merge_join
 from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH, Snapshot
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, KerasRemoteError
 from keras_remote_airflow.core.layout import Receipt, check_relative_paths, parse_marker
@@ -97,49 +97,38 @@ class RemoteData:
         """
         if self.key is not None and snapshot.content_hash == self.key.content_hash:
             return None
-        found = islice(differences(snapshot, self.objects()), _SHOWN)
-        faults = [_fault(snapshot, *difference) for difference in found]
+        if self.key is not None and snapshot.hash_as(not self.ref.is_dir) == self.key.content_hash:
+            kind = "a single file" if self.ref.is_dir else "a directory"
+            raise InvalidInputError(
+                f"the ref says is_dir={self.ref.is_dir}, but the data is {kind}: "
+                f"{self.ref.gcs_uri}. Correct the ref."
+            )
+        faults = list(islice(self._faults(snapshot), _SHOWN))
         if self.key is not None:
-            if snapshot.hash_as(not self.ref.is_dir) == self.key.content_hash:
-                kind = "a single file" if self.ref.is_dir else "a directory"
-                raise InvalidInputError(
-                    f"the ref says is_dir={self.ref.is_dir}, but the data is {kind}: "
-                    f"{self.ref.gcs_uri}. Correct the ref."
+            receipt = self.receipt()
+            found = len(snapshot), snapshot.total_bytes
+            if receipt and (receipt.files, receipt.total_bytes) != found:
+                faults.append(
+                    f"its marker says {receipt.files} files with {receipt.total_bytes} bytes, "
+                    f"found {found[0]} with {found[1]}"
                 )
-            faults += self._unlike_uploaded(snapshot) + self._unlike_receipt(snapshot)
             faults.append(f"its content hash is {snapshot.content_hash}")
-        return "; ".join(faults[:_SHOWN]) or None
+        return "; ".join(faults) or None
 
-    def _unlike_uploaded(self, snapshot: Snapshot) -> list[str]:
-        """Name files that differ from the digest that their uploader attached."""
-        foreign: list[str] = []
-        changed: list[str] = []
-        expected = False  # other clients attach no digests
+    def _faults(self, snapshot: Snapshot) -> Iterator[str]:
+        """Yield in words how each file differs from its object, in the byte order of the names."""
+        # The digests that uploaders attach; other clients attach none.
+        attached = self.key is not None and any(info.digest for _, info in self.objects())
         for index, info in merge_join(snapshot, self.objects()):
-            expected = expected or bool(info and info.digest)
-            if index is None or info is None:
-                continue  # `differences` has named it
+            if index is None:
+                yield f"{info.name if info else ''} is missing on disk"
+                continue
             file = snapshot.record(index)
-            if info.digest is None:
-                if len(foreign) < _SHOWN:
-                    foreign.append(f"{file.path} was added or replaced by something else")
-            elif info.digest != file.digest.hex() and len(changed) < _SHOWN:
-                changed.append(f"{file.path} is not the file that was hashed")
-        return foreign + changed if expected else changed
-
-    def _unlike_receipt(self, snapshot: Snapshot) -> list[str]:
-        receipt = self.receipt()
-        found = len(snapshot), snapshot.total_bytes
-        if receipt is None or (receipt.files, receipt.total_bytes) == found:
-            return []
-        return [
-            f"its marker says {receipt.files} files with {receipt.total_bytes} bytes, found "
-            f"{len(snapshot)} with {snapshot.total_bytes}"
-        ]
-
-
-def _fault(snapshot: Snapshot, index: int | None, info: ObjectInfo | None) -> str:
-    if index is None:
-        return f"{info.name if info else ''} is missing on disk"
-    path = snapshot.record(index).path
-    return f"{path} differs from its object" if info else f"{path} has no object"
+            if info is None:
+                yield f"{file.path} has no object"
+            elif (file.size, file.crc32c) != (info.size, info.crc32c):
+                yield f"{file.path} differs from its object"
+            elif attached and info.digest is None:
+                yield f"{file.path} was added or replaced by something else"
+            elif attached and info.digest != file.digest.hex():
+                yield f"{file.path} is not the file that was hashed"

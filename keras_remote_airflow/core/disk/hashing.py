@@ -44,7 +44,7 @@ from keras_remote_airflow.core.disk.tree import (
 )
 from keras_remote_airflow.core.errors import DataChangedError
 from keras_remote_airflow.core.progress import Progress, ProgressCallback
-from keras_remote_airflow.core.slow_reads import SlowReads
+from keras_remote_airflow.core.slow_reads import SlowReads, waiting_seconds
 
 if TYPE_CHECKING:
     from keras_remote_airflow.core.disk.index import HashIndex
@@ -252,8 +252,9 @@ class _Hasher:
             start += len(batch)
 
     def _hash_and_measure(self, files: _Files, positions: Sequence[int]) -> None:
-        with self._slow_reads.measure(len(positions)):
-            large = self._hash_small(files, positions)
+        started = waiting_seconds()
+        large = self._hash_small(files, positions)
+        self._slow_reads.note(waiting_seconds() - started, len(positions))
         if self._slow_reads.last_was_slow:
             self._batch_files = _FEW_FILES
         else:

@@ -83,11 +83,9 @@ def walk_order(path: bytes) -> list[tuple[bool, bytes]]:
 def encode_names(root: str, folder: str, names: list[str]) -> list[bytes]:
     """Return the relative paths of files in UTF-8; raise InvalidInputError for other names."""
     try:
-        prefix = folder.encode()
-        return [prefix + name.encode() for name in names]
+        return [f"{folder}{name}".encode() for name in names]
     except UnicodeEncodeError as exc:
-        refused = next(name for name in names if not _is_utf8(folder + name))
-        path = os.fsencode(os.path.join(root, folder, refused))
+        path = os.fsencode(os.path.join(root, exc.object))
         raise InvalidInputError(f"file name is not UTF-8: {path!r}. Rename it.") from exc
 
 
@@ -159,11 +157,3 @@ def _neither_file_nor_folder(path: str) -> Exception:
             f"broken link: {path} points to {os.readlink(path)}, which is not there. Remove the "
             "link or restore its target."
         )
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
