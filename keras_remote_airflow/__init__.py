@@ -14,7 +14,7 @@ from keras_remote_airflow.core import __version__
 if TYPE_CHECKING:
     from keras_remote_airflow.assets import ref_from_triggering_event
     from keras_remote_airflow.core.cloud.bucket import get_default_project
-    from keras_remote_airflow.core.cloud.retry import RetryPolicy
+    from keras_remote_airflow.core.cloud.policy import RetryPolicy
     from keras_remote_airflow.core.data import Data
     from keras_remote_airflow.core.datasets.lookup import CacheEntry, find
     from keras_remote_airflow.core.datasets.materialize import materialize
@@ -47,7 +47,7 @@ _HOME = {
     "CacheSensor": "sensors",
     "Data": "core.data",
     "DataUploadOperator": "operators",
-    "RetryPolicy": "core.cloud.retry",
+    "RetryPolicy": "core.cloud.policy",
     "UploadResult": "core.datasets.upload",
     "find": "core.datasets.lookup",
     "get_default_project": "core.cloud.bucket",

@@ -18,7 +18,7 @@ import pytest
 
 from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.cloud.gcs import DIGEST_KEY
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import (
     FileToSend,
     ObjectInfo,

@@ -25,7 +25,7 @@ from google.oauth2.credentials import Credentials
 
 from keras_remote_airflow import make_data_ref, materialize
 from keras_remote_airflow.core.cloud.bucket import open_bucket
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import FileToSend, ObjectToFetch, list_objects
 from keras_remote_airflow.core.cloud.transport import Transport
 from keras_remote_airflow.core.datasets.lookup import find

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.datasets.materialize import materialize
 from keras_remote_airflow.core.datasets.upload import UploadResult, upload
 from keras_remote_airflow.core.disk.hashing import take_snapshot

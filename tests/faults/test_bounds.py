@@ -23,7 +23,7 @@ from faultkit import (
 
 from keras_remote_airflow.core.cloud.gcs import GcsStore
 from keras_remote_airflow.core.cloud.limiter import Limiter
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import FileToSend
 from keras_remote_airflow.core.cloud.transport import Transport
 from keras_remote_airflow.core.disk.hashing import take_snapshot

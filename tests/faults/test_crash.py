@@ -19,7 +19,7 @@ from faultkit import (
     wait_until,
 )
 
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.datasets.upload import UploadResult
 from keras_remote_airflow.testing import Fault, StorageServer
 

@@ -16,7 +16,7 @@ from faultkit import (
     wait_until,
 )
 
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.testing import StorageServer
 
 pytestmark = pytest.mark.slow  # many processes at once

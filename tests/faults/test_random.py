@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from keras_remote_airflow.core.cloud.gcs import GcsStore
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.transport import Answer, Transport
 from keras_remote_airflow.core.datasets.lookup import find, lookup
 from keras_remote_airflow.core.datasets.upload import publish

@@ -25,7 +25,7 @@ from faultkit import (
     wait_until,
 )
 
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.disk.destination import partial_name
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, KerasRemoteError
 from keras_remote_airflow.testing import Fault, StorageServer

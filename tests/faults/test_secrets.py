@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from faultkit import BUCKET, FAST, client_for, content, make_tree, published
 
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.datasets.upload import upload
 from keras_remote_airflow.core.errors import InvalidInputError, StoreError
 from keras_remote_airflow.core.refs import make_data_ref, parse_data_ref

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from faultkit import BIG, Tap, client_for, content, do_upload, make_tree, published
 
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.transport import Transport
 from keras_remote_airflow.core.errors import StoreError
 from keras_remote_airflow.testing import Fault, StorageServer

@@ -15,7 +15,7 @@ import pytest
 from faultkit import BIG, BUCKET, FAST, content, do_materialize, do_upload, make_tree, published
 from faultkit import read_tree as read
 
-from keras_remote_airflow.core.cloud.retry import RetryPolicy
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.transfer import Source
 from keras_remote_airflow.core.datasets.lookup import find
 from keras_remote_airflow.core.errors import IntegrityError, StoreError

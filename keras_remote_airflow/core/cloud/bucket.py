@@ -3,13 +3,11 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import ObjectStore
 from keras_remote_airflow.core.errors import StoreError
-
-if TYPE_CHECKING:
-    from keras_remote_airflow.core.cloud.retry import RetryPolicy
 
 _VARIABLES = ("KERAS_REMOTE_PROJECT", "GOOGLE_CLOUD_PROJECT")
 
@@ -33,7 +31,7 @@ def open_bucket(
     bucket: str,
     client: Any = None,
     project: str | None = None,
-    retry: "RetryPolicy | None" = None,
+    retry: RetryPolicy | None = None,
     user_project: str | None = None,
 ) -> Iterator[ObjectStore]:
     """Open a bucket on Cloud Storage, and close its connections afterwards.
@@ -49,7 +47,7 @@ def open_bucket(
     """
     from keras_remote_airflow.core.cloud.credentials import is_outage
     from keras_remote_airflow.core.cloud.gcs import GcsStore
-    from keras_remote_airflow.core.cloud.retry import RetryPolicy
+    from keras_remote_airflow.core.cloud.policy import RetryPolicy
     from keras_remote_airflow.core.cloud.transport import Transport
 
     if client is None:

@@ -3,17 +3,16 @@
 import asyncio
 import json
 import logging
-import random
 import re
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TypeVar
 
 import aiohttp
 
 from keras_remote_airflow.core.cloud.limiter import Limiter
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.errors import StoreError
 
 _log = logging.getLogger(__name__)
@@ -41,31 +40,6 @@ _HOPELESS = (
     aiohttp.NonHttpUrlClientError,
 )
 _SECONDS_BETWEEN_WARNINGS = 10.0
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """When to try again, and when to give up.
-
-    Attributes:
-        deadline: seconds a request may go on failing, counted from its first failure or its last
-            progress. 120 is the google-cloud-storage client's own default.
-        initial: seconds of the first pause at the most; each further one is twice as long, and
-            each is drawn at random up to its bound ("full jitter").
-        maximum: seconds of the longest pause.
-        stall_timeout: seconds without a byte sent or received after which a request counts as
-            failed.
-    """
-
-    deadline: float = 120.0
-    initial: float = 0.5
-    maximum: float = 30.0
-    stall_timeout: float = 60.0
-
-    def pause(self, failures: int) -> float:
-        """Return how many seconds to wait after this many failures in a row."""
-        bound = min(self.maximum, self.initial * 2.0 ** min(failures - 1, 30))
-        return random.uniform(0, bound)  # noqa: S311 - jitter, not a secret
 
 
 class RetryableError(Exception):

@@ -27,7 +27,8 @@ from yarl import URL
 
 from keras_remote_airflow.core.cloud.credentials import AccessTokens
 from keras_remote_airflow.core.cloud.limiter import Limiter
-from keras_remote_airflow.core.cloud.retry import Retrier, RetryableError, RetryPolicy, failure
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
+from keras_remote_airflow.core.cloud.retry import Retrier, RetryableError, failure
 from keras_remote_airflow.core.errors import StoreError
 
 _T = TypeVar("_T")

@@ -2,17 +2,15 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import ObjectStore
 from keras_remote_airflow.core.datasets.diff import missing_files, stored_files
 from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH, Snapshot
 from keras_remote_airflow.core.errors import ConflictError, InvalidInputError, MarkerError
 from keras_remote_airflow.core.layout import CacheKey, Receipt, get_layout, parse_marker
-
-if TYPE_CHECKING:
-    from keras_remote_airflow.core.cloud.retry import RetryPolicy
 
 _log = logging.getLogger(__name__)
 _VERIFY = ("page", "full")
@@ -47,7 +45,7 @@ def find(
     client: Any = None,
     layout: str = "keras_remote",
     verify: str = "page",
-    retry: "RetryPolicy | None" = None,
+    retry: RetryPolicy | None = None,
     user_project: str | None = None,
 ) -> CacheEntry | None:
     """Return the dataset published under `content_hash`, or None while there is none.

@@ -13,9 +13,10 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import ObjectInfo, ObjectToFetch
 from keras_remote_airflow.core.datasets.remote import RemoteData
 from keras_remote_airflow.core.disk.destination import (
@@ -38,9 +39,6 @@ from keras_remote_airflow.core.progress import (
 )
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref
 
-if TYPE_CHECKING:
-    from keras_remote_airflow.core.cloud.retry import RetryPolicy
-
 _log = logging.getLogger(__name__)
 # Objects that are listed before they are downloaded. It bounds memory for datasets of any size.
 BATCH_OBJECTS = 10_000
@@ -53,7 +51,7 @@ def materialize(
     cache_dir: str | None = None,
     client: Any = None,
     project: str | None = None,
-    retry: "RetryPolicy | None" = None,
+    retry: RetryPolicy | None = None,
     user_project: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> str:

@@ -13,9 +13,10 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import FileToSend, ObjectStore
 from keras_remote_airflow.core.data import Data, as_data
 from keras_remote_airflow.core.datasets.diff import missing_files
@@ -39,9 +40,6 @@ from keras_remote_airflow.core.progress import (
     format_bytes,
     format_files,
 )
-
-if TYPE_CHECKING:
-    from keras_remote_airflow.core.cloud.retry import RetryPolicy
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +105,7 @@ def upload_data(
     client: Any = None,
     layout: str = "keras_remote",
     verify: str = "page",
-    retry: "RetryPolicy | None" = None,
+    retry: RetryPolicy | None = None,
     hash_index: str | None = None,
     user_project: str | None = None,
     progress: ProgressCallback | None = None,
@@ -168,7 +166,7 @@ def upload(
     client: Any = None,
     layout: str = "keras_remote",
     verify: str = "page",
-    retry: "RetryPolicy | None" = None,
+    retry: RetryPolicy | None = None,
     hash_index: str | None = None,
     user_project: str | None = None,
     progress: ProgressCallback | None = None,
