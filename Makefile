@@ -17,6 +17,8 @@ UV = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv
 # What `uv pip install` is to install.
 TESTED := --editable '.[demo]' --group test --group optional
 EVERYTHING := $(TESTED) --group lint --group coverage
+$(foreach line,$(AIRFLOWS),$(eval INSTALLS_$(line) := $(TESTED)))
+INSTALLS_$(NEWEST) := $(EVERYTHING)
 BENCHED := --editable '.[airflow]' --group bench
 CORE := --editable . --group test
 INSTALLS_kinetic := keras-kinetic==0.0.4 $(CORE)
@@ -29,7 +31,7 @@ WIRE_TESTS := tests/core/test_store.py tests/core/test_transport.py tests/faults
 PYTEST := pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-all $(AIRFLOWS:%=test-%) test-composer $(IMAGES:%=test-%) test-kinetic test-light test-cloud $(PYTHONS:%=test-python-%) lint docs lowest dist bench constraints $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench constraints-kinetic constraints-core constraints-docs clean
+.PHONY: help demo test coverage test-quick test-all $(AIRFLOWS:%=test-%) test-composer $(IMAGES:%=test-%) test-kinetic test-light test-cloud $(PYTHONS:%=test-python-%) lint docs lowest dist bench constraints $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench constraints-kinetic constraints-core constraints-docs clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -40,7 +42,13 @@ demo: $(VENV)/.installed ## train three times through Airflow: a miss, a hit, a 
 	@$(VENV)/bin/python scripts/demo.py --dir $(DEMO_DIR)
 
 test: $(VENV)/.installed ## run the whole test suite on the newest Airflow
-	@$(VENV)/bin/python -m $(PYTEST) $(PYTEST_ARGS)
+	@rm -f .coverage .coverage.*
+	@$(VENV)/bin/python -m coverage run -m $(PYTEST) $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m coverage combine --quiet
+	@echo "$$($(VENV)/bin/python -m coverage report --format total) % of the package was run; make coverage shows the rest"
+
+coverage: $(VENV)/.uv ## show what the last `make test` did not run
+	@$(VENV)/bin/python -m coverage report
 
 test-quick: $(VENV)/.installed ## run what takes no seconds: no process of Airflow's, no kills
 	@$(VENV)/bin/python -m $(PYTEST) -m 'not starts_airflow and not slow' $(PYTEST_ARGS)
@@ -64,7 +72,8 @@ test-kinetic: $(VENV)-kinetic/.installed ## run core's suite beside keras-kineti
 $(PYTHONS:%=test-python-%): test-python-%: $(VENV)-python-%/.installed # run what needs no Airflow on another Python
 	@$(VENV)-python-$*/bin/python -m $(PYTEST) $(CORE_TESTS) $(PYTEST_ARGS)
 
-test-light: $(VENV)-light/.installed ## check the wheel with its base dependencies only: size, upload, download
+test-light: $(VENV)/.installed $(VENV)-light/.installed ## check the wheel with its base dependencies only: size, upload, download
+	@$(UV) pip check --python $(VENV)/bin/python
 	@$(UV) pip check --python $(VENV)-light/bin/python
 	@env -u PYTHONPATH $(VENV)-light/bin/python scripts/check_light_install.py
 
@@ -92,13 +101,13 @@ constraints: $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench co
 
 $(AIRFLOWS:%=constraints-%): constraints-%: $(VENV)/.uv
 	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-constraints
-	@$(UV) pip install --quiet --upgrade --python $(VENV)-constraints/bin/python 'apache-airflow==$*.*' $(BOUNDS_$*) uv $(EVERYTHING)
+	@$(UV) pip install --quiet --upgrade --python $(VENV)-constraints/bin/python 'apache-airflow==$*.*' $(BOUNDS_$*) uv $(INSTALLS_$*)
 	@$(UV) pip freeze --quiet --python $(VENV)-constraints/bin/python | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints/airflow-$*.txt
 	@rm -rf $(VENV)-constraints
 
 constraints-lowest: $(VENV)/.uv
 	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-constraints
-	@$(UV) pip install --quiet --upgrade --python $(VENV)-constraints/bin/python --resolution lowest-direct $(EVERYTHING)
+	@$(UV) pip install --quiet --upgrade --python $(VENV)-constraints/bin/python --resolution lowest-direct $(TESTED)
 	@$(UV) pip freeze --quiet --python $(VENV)-constraints/bin/python | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints/airflow-lowest.txt
 	@rm -rf $(VENV)-constraints
 
@@ -161,5 +170,5 @@ $(VENV)-light/.installed: $(VENV)/.uv
 $(VENV)-%/.installed: $(VENV)/.uv pyproject.toml constraints/airflow-%.txt
 	@echo "Installing Airflow $* and the tools into $(VENV)-$* ..."
 	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-$*
-	@$(UV) pip install --quiet --python $(VENV)-$*/bin/python --constraint constraints/airflow-$*.txt $(EVERYTHING)
+	@$(UV) pip install --quiet --python $(VENV)-$*/bin/python --constraint constraints/airflow-$*.txt $(TESTED)
 	@touch $@
