@@ -328,6 +328,18 @@ def test_every_example_dag_is_linked_from_the_readme() -> None:
     assert linked == {f"dags/{path.name}" for path in REPOSITORY.glob("dags/*.py")}
 
 
+def test_the_architecture_names_every_module_and_no_other_file():
+    page = DOCS / "architecture.md"
+    package = REPOSITORY / "keras_remote_airflow"
+    modules = [path for path in package.rglob("*.py") if path.stem != "__init__"]
+    rooms = set(re.findall(r"\w+", read_blocks(page)[0].text))
+    assert [
+        m for m in modules if m.stem not in rooms and package / "testing" not in m.parents
+    ] == []
+    named = re.findall(r"`([\w/]+\.py)`", read_prose(page))
+    assert [n for n in named if not any(str(m).endswith(f"/{n}") for m in modules)] == []
+
+
 def test_json_examples_are_json() -> None:
     blocks = [block for page in PAGES for block in read_blocks(page) if block.language == "json"]
     assert blocks
