@@ -68,6 +68,7 @@ class Progress:
         self._activity = activity
         self._subject = subject
         self._callback = callback
+        self._tell = callback or self._log_line
         self._clock = clock
         self._interval = LINE_INTERVAL_SECONDS if callback is None else CALLBACK_INTERVAL_SECONDS
         self._total_files: int | None = None
@@ -132,15 +133,12 @@ class Progress:
         try:
             if (now := self._clock()) >= self._next:
                 self._next = now + self._interval
-                self._tell()
+                self._tell(self._update())
         finally:
             self._telling.release()
 
-    def _tell(self) -> None:
-        if self._callback is None:
-            self._log.info("%s", _line(self._update(), self._subject))
-        else:
-            self._callback(self._update())
+    def _log_line(self, update: ProgressUpdate) -> None:
+        self._log.info("%s", _line(update, self._subject))
 
     def _update(self) -> ProgressUpdate:
         with self._counting:

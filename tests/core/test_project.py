@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from google.cloud import storage
 
 import keras_remote_airflow
 from keras_remote_airflow import (
@@ -13,7 +14,7 @@ from keras_remote_airflow import (
     upload,
     upload_data,
 )
-from keras_remote_airflow.core.cloud.bucket import resolve_project
+from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.errors import StoreError
 
 VARIABLES = ("KERAS_REMOTE_PROJECT", "GOOGLE_CLOUD_PROJECT")
@@ -38,10 +39,16 @@ def test_our_variable_goes_before_googles_and_empty_is_unset(monkeypatch, ours, 
     assert get_default_project() == project
 
 
-def test_a_named_project_goes_before_the_environment(monkeypatch):
+@pytest.mark.parametrize(
+    ("named", "project"), [("named", "named"), ("", "environment"), (None, "environment")]
+)
+def test_a_named_project_goes_before_the_environment(monkeypatch, gcs_server, named, project):
     monkeypatch.setenv("KERAS_REMOTE_PROJECT", "environment")
-    assert resolve_project(None, "", "second", "third") == "second"
-    assert resolve_project(None, "") == "environment"
+    asked = []
+    client = storage.Client
+    monkeypatch.setattr(storage, "Client", lambda project: asked.append(project) or client(project))
+    with open_bucket("bucket", project=named):
+        assert asked == [project]
 
 
 def test_only_one_module_reads_the_variables():

@@ -19,9 +19,9 @@ REPOSITORY = Path(__file__).parents[2]
 MUTATIONS = {
     "marker first": (
         "core/datasets/upload.py",
-        "    missing = _missing_from_random_start(store, key, snapshot)\n    _log",
+        "    missing = _missing_from_random_start(store, key, snapshot)\n    files",
         "    store.create(key.marker_name, b'')\n"
-        "    missing = _missing_from_random_start(store, key, snapshot)\n    _log",
+        "    missing = _missing_from_random_start(store, key, snapshot)\n    files",
         "test_crash.py::test_killed_after_each_request",
     ),
     "no precondition": (
@@ -62,8 +62,8 @@ MUTATIONS = {
     ),
     "marker's body not read": (
         "core/datasets/lookup.py",
-        "    receipt = parse_marker(body, key)\n    if",
-        "    receipt = None\n    if",
+        "    receipt = parse_marker(body, key)\n    known",
+        "    receipt = None\n    known",
         "test_hit.py",
     ),
     "everything sent again": (
@@ -146,8 +146,8 @@ MUTATIONS = {
     ),
     "uploaders in step": (
         "core/datasets/upload.py",
-        "        if found_there > len(snapshot) // _PAGE_OBJECTS:",
-        "        if False:",
+        " and found_there <= len(snapshot) // _PAGE_OBJECTS:",
+        ":",
         "test_many.py",
     ),
 }

@@ -17,13 +17,7 @@ def get_default_project() -> str | None:
 
     Reads `KERAS_REMOTE_PROJECT`, then `GOOGLE_CLOUD_PROJECT`; an empty variable counts as unset.
     """
-    return resolve_project()
-
-
-def resolve_project(*candidates: str | None) -> str | None:
-    """Return the first non-empty of `candidates`, else the environment's project, else None."""
-    named = (*candidates, *(os.environ.get(variable) for variable in _VARIABLES))
-    return next((project for project in named if project), None)
+    return next(filter(None, map(os.environ.get, _VARIABLES)), None)
 
 
 @contextmanager
@@ -56,7 +50,9 @@ def open_bucket(
 
         try:
             # google.cloud.storage has no types.
-            client = storage.Client(project=resolve_project(project))  # type: ignore[no-untyped-call]
+            client = storage.Client(  # type: ignore[no-untyped-call]
+                project=project or get_default_project()
+            )
         except GoogleAuthError as exc:
             outage = is_outage(exc)
             raise StoreError(

@@ -90,14 +90,26 @@ def lookup(
     if body is None:
         return None
     receipt = parse_marker(body, key)
+    known: tuple[bool | None, int | None, int | None]
     if snapshot is not None:
-        _check_receipt(receipt, key, snapshot)
+        known = snapshot.is_dir, len(snapshot), snapshot.total_bytes
+        if receipt is not None and (receipt.files, receipt.total_bytes) != known[1:]:
+            raise MarkerError(
+                f"marker says {receipt.files} files with {receipt.total_bytes} bytes, but data of "
+                f"this content hash has {known[1]} with {known[2]}: {key.marker_uri}. Delete that "
+                "object to have it written anew."
+            )
         count = sum(1 for _ in missing_files(store, key, snapshot, verify))
         shortfall = f"{count} of {len(snapshot)} objects missing" if count else None
     elif receipt is not None:
+        known = receipt.is_dir, receipt.files, receipt.total_bytes
         shortfall = _shortfall(store, key, receipt, verify)
-    else:
-        shortfall = None if _may_be_whole(store, key) else "no objects found"
+    else:  # another client's marker, which does not say how much there is
+        known = None, None, None
+        is_empty = key.content_hash != EMPTY_DIRECTORY_HASH and not any(
+            stored_files(store, key, "full")[0]
+        )
+        shortfall = "no objects found" if is_empty else None
     if shortfall:
         _log.warning(
             "Ignoring a marker: %s, perhaps deleted by a lifecycle rule. The next upload restores "
@@ -106,31 +118,8 @@ def lookup(
             key.gcs_uri,
         )
         return None
-    if snapshot is not None:
-        known = snapshot.is_dir, len(snapshot), snapshot.total_bytes
-    elif receipt is not None:
-        known = receipt.is_dir, receipt.files, receipt.total_bytes
-    else:
-        return CacheEntry(key.gcs_uri, None, None, None)
     published_at = (receipt.created_at or None) if receipt else None
-    return CacheEntry(key.gcs_uri, *known, published_at=published_at)
-
-
-def _check_receipt(receipt: Receipt | None, key: CacheKey, snapshot: Snapshot) -> None:
-    found = len(snapshot), snapshot.total_bytes
-    if receipt is not None and (receipt.files, receipt.total_bytes) != found:
-        raise MarkerError(
-            f"marker says {receipt.files} files with {receipt.total_bytes} bytes, but data of this "
-            f"content hash has {len(snapshot)} with {snapshot.total_bytes}: {key.marker_uri}. "
-            "Delete that object to have it written anew."
-        )
-
-
-def _may_be_whole(store: ObjectStore, key: CacheKey) -> bool:
-    """Whether there is anything under a marker of another client, which does not say how much."""
-    if key.content_hash == EMPTY_DIRECTORY_HASH:
-        return True
-    return any(stored_files(store, key, "full")[0])
+    return CacheEntry(key.gcs_uri, *known, published_at)
 
 
 def _shortfall(store: ObjectStore, key: CacheKey, receipt: Receipt, verify: str) -> str | None:

@@ -3,10 +3,7 @@
 Objects are downloaded into a directory beside the destination, each checked against its size and
 CRC32C. Then the files are hashed from the disk, and the directory is renamed into place only if
 they are what the ref names. Readers of the destination see either nothing or the complete dataset.
-
-The temporary directory is called `.keras-remote-….partial`, after a hash of the destination's name,
-and the process that fills it holds a lock (flock) on it. A second process waits for the lock and
-then reuses the result. What a killed process left there is removed by the next one.
+`core.disk.destination` tells how processes with the same destination wait for each other.
 """
 
 import logging
@@ -62,19 +59,14 @@ def materialize(
     nothing else. Objects are fetched as they are stored; those with `Content-Encoding: gzip` stay
     compressed.
 
+    The other parameters are those of `upload_data`.
+
     Args:
         ref: the data ref: the dict, its JSON, its Python repr, or a `core.refs.DataRef`.
         dest: the directory to hold the data: it becomes the dataset, or gets the single file under
             its own name. None takes the ref's `mount_path`, else a directory in `cache_dir` named
             by the content. Data that is there already is verified and reused.
         cache_dir: None takes `keras-remote-data-{uid}` in the system's temporary directory.
-        client: google.cloud.storage.Client whose credentials and endpoint to use; None makes one.
-        project: project id for the client made here; None takes `get_default_project()`.
-        retry: when to try a failed request again and when to give up; None takes the defaults of
-            `RetryPolicy`.
-        user_project: project that is billed for the requests, for a bucket whose requesters pay.
-        progress: called with a `core.progress.ProgressUpdate` at most every 0.1 s and at the end of
-            downloading and of hashing; None logs a line at most every 30 s.
 
     Returns:
         The absolute path of the directory, or of the file.

@@ -11,7 +11,7 @@ import random
 import time
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -84,16 +84,8 @@ class UploadResult:
 
     def stats(self) -> dict[str, Any]:
         """Return the figures as the JSON-safe dict that DataUploadOperator pushes."""
-        names = (
-            "content_hash",
-            "cache_hit",
-            "files",
-            "bytes",
-            "uploaded_files",
-            "uploaded_bytes",
-            "seconds",
-        )
-        return {name: getattr(self, name) for name in names}
+        where_and_when = ("gcs_uri", "is_dir", "published_at")
+        return {name: of for name, of in asdict(self).items() if name not in where_and_when}
 
 
 def upload_data(
@@ -132,7 +124,7 @@ def upload_data(
             None takes the environment's `KERAS_REMOTE_HASH_INDEX`, or reads every file.
         user_project: project that is billed for the requests, for a bucket whose requesters pay.
         progress: called with a `core.progress.ProgressUpdate` at most every 0.1 s and at the end of
-            hashing and of uploading; None logs a line at most every 30 s.
+            hashing, uploading or downloading; None logs a line at most every 30 s.
 
     Raises:
         InvalidInputError: bad input, before anything is written.
@@ -318,16 +310,15 @@ def _send(
             found_there += 1
         _log.debug("%s %s", "Stored" if was_sent else "Found", file.name)
 
-    round_files = _FIRST_ROUND_FILES
-    sent.expect(len(missing), _total_bytes(snapshot, missing))
     while missing:
-        store.upload(files(missing[:round_files]), done, sent.move)
-        missing = missing[round_files:]
-        round_files *= 2
-        if found_there > len(snapshot) // _PAGE_OBJECTS:
+        sent.expect(len(missing), _total_bytes(snapshot, missing))
+        round_files, found_there = _FIRST_ROUND_FILES, 0
+        while missing and found_there <= len(snapshot) // _PAGE_OBJECTS:
+            store.upload(files(missing[:round_files]), done, sent.move)
+            missing = missing[round_files:]
+            round_files *= 2
+        if missing:
             missing = _missing_from_random_start(store, key, snapshot)
-            round_files, found_there = _FIRST_ROUND_FILES, 0
-            sent.expect(len(missing), _total_bytes(snapshot, missing))
 
 
 def _missing_from_random_start(
