@@ -119,7 +119,8 @@ def lookup(
         )
         return None
     published_at = (receipt.created_at or None) if receipt else None
-    return CacheEntry(key.gcs_uri, *known, published_at)
+    is_dir, files, total_bytes = known
+    return CacheEntry(key.gcs_uri, is_dir, files, total_bytes, published_at)
 
 
 def _shortfall(store: ObjectStore, key: CacheKey, receipt: Receipt, verify: str) -> str | None:
