@@ -340,6 +340,32 @@ os._exit(0)
     assert _recorded(index) == {str(tree): 4}
 
 
+@pytest.mark.parametrize("moment", ["before its transaction", "in its transaction"])
+def test_what_a_process_left_that_was_killed_as_it_wrote_the_first_index_is_replaced(
+    tree, index, moment, caplog
+):
+    os.makedirs(os.path.dirname(index))
+    script = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("PRAGMA auto_vacuum = FULL")
+db.execute("PRAGMA cache_size = 1")
+db.execute("BEGIN IMMEDIATE")
+if sys.argv[2] == "in its transaction":
+    db.execute("CREATE TABLE blocks (number INTEGER PRIMARY KEY, files BLOB)")
+    db.execute("PRAGMA application_id = 1263683928")
+    for _ in range(100):
+        db.execute("INSERT INTO blocks VALUES (NULL, randomblob(4000))")
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", script, index, moment], check=True, timeout=60)
+    assert os.path.getsize(index)
+    assert os.path.exists(f"{index}-journal") == (moment == "in its transaction")
+    _hash(tree, index)
+    assert _recorded(index) == {str(tree): 4}
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("name", ["index", "b/index", "a"])
 def test_an_index_inside_its_own_data_is_refused(tree, name):
     with pytest.raises(InvalidInputError, match="lies in the data"):

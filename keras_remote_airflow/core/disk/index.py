@@ -199,6 +199,9 @@ class HashIndex:
             return  # another process is about to write it
         # Immutable: SQLite neither locks a file that may not be ours, nor repairs it.
         with closing(self._connect("ro&immutable=1")) as db:
+            [[pages]] = db.execute("PRAGMA page_count").fetchall()
+            if pages and _is_blank(db):  # SQLite takes what is shorter than a page for blank, too
+                return  # another process is writing the first index here, or was killed meanwhile
             _check_format(db)
         # Reading needs no right to write, but after a crash SQLite has to undo what was half done.
         self._db = self._connect("rw")
@@ -225,12 +228,11 @@ class HashIndex:
             self._block = {path + state: file for path, (state, file) in known}
 
     def _write(self, db: sqlite3.Connection, snapshot: Snapshot) -> None:
-        if db.execute("SELECT 1 FROM sqlite_master").fetchall():
-            _check_format(db)
-        else:
+        if _is_blank(db):
             db.execute(_SCHEMA)
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+        _check_format(db)
         settled = self._settled_files(snapshot)
         number = 0
         while block := list(islice(settled, _BLOCK_FILES)):
@@ -254,6 +256,14 @@ class HashIndex:
                 state = _STATE.pack(file.size, file.mtime_ns, ctime_ns, inode, device)
                 known = struct.pack("=I32s", file.crc32c, file.digest)
                 yield file.path.encode(), state + known
+
+
+def _is_blank(db: sqlite3.Connection) -> bool:
+    """Return whether no program has committed anything to the database."""
+    [[tables]] = db.execute("SELECT count(*) FROM sqlite_master").fetchall()
+    [[application_id]] = db.execute("PRAGMA application_id").fetchall()
+    [[version]] = db.execute("PRAGMA user_version").fetchall()
+    return not (tables or application_id or version)
 
 
 def _check_format(db: sqlite3.Connection) -> None:
