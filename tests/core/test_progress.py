@@ -17,6 +17,7 @@ from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey
 from keras_remote_airflow.core.progress import Progress, ProgressUpdate, format_bytes
 from keras_remote_airflow.core.refs import DataRef
+from keras_remote_airflow.testing import Fault
 
 from .memory_store import MemoryStore
 
@@ -142,6 +143,29 @@ def test_what_a_callback_raises_ends_the_work(clock):
     clock.now += 1
     with pytest.raises(KeyboardInterrupt):  # and nothing stays locked
         progress.add(1, 1)
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("activity", ["Hashing", "Uploading", "Downloading"])
+def test_whatever_a_callback_raises_is_raised_where_the_work_was_asked_for(
+    tree, gcs_server, gcs_bucket, tmp_path, activity, error
+):
+    gcs_server.add_fault(Fault(latency=0.2, times=0))
+
+    def cancel(update):
+        if update.activity == activity:
+            raise error("enough")
+
+    root = str(tree({"a": "12", "b/c": "345"}))
+    if activity == "Downloading":
+        uri = upload_data(gcs_bucket, root)
+        with pytest.raises(error, match="enough"):
+            materialize(make_data_ref(uri, True), str(tmp_path / "copy"), progress=cancel)
+        assert not (tmp_path / "copy").exists()
+    else:
+        with pytest.raises(error, match="enough"):
+            upload_data(gcs_bucket, root, progress=cancel)
+        assert not [name for name in gcs_server.objects(gcs_bucket) if "marker" in name]
 
 
 def test_callback_is_never_called_after_a_failure():

@@ -85,7 +85,7 @@ class Transport:
         self._loop = asyncio.new_event_loop()
         # For what blocks: reading from slow disks, fetching tokens. Threads start when needed.
         self._loop.set_default_executor(ThreadPoolExecutor(_THREADS, "cloud-storage"))
-        self._thread = threading.Thread(target=self._loop.run_forever, name="cloud-storage")
+        self._thread = threading.Thread(target=self._run_loop, name="cloud-storage")
         self._thread.daemon = True
 
     def __enter__(self) -> Self:
@@ -102,6 +102,16 @@ class Transport:
             self._submit(self._close()).result(timeout=10)
         finally:
             self._stop()
+
+    def _run_loop(self) -> None:
+        while True:
+            try:
+                self._loop.run_forever()
+                return
+            except (SystemExit, KeyboardInterrupt):
+                # A callback of the caller's raised it. It ends `run_forever`, but is the result of
+                # its task as well: the loop has to go on for `run` to raise it.
+                continue
 
     async def _open(self) -> None:
         self._proxy = _proxy(self._endpoint)
