@@ -12,7 +12,7 @@ the fixtures `gcs_server` and `gcs_bucket` (see `plugin`).
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .access import DENIABLE
+    from .buckets import DENIABLE
     from .faults import Fault, Request
     from .objects import StoredObject
     from .server import StorageServer, environment
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["DENIABLE", "Fault", "Request", "StorageServer", "StoredObject", "environment"]
 
 _HOMES = {
-    "DENIABLE": "access",
+    "DENIABLE": "buckets",
     "Fault": "faults",
     "Request": "faults",
     "StorageServer": "server",

@@ -13,13 +13,19 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from . import listing
-from .access import Access
 from .batch import batch_reply
-from .buckets import Buckets
-from .calls import Call, Receiver, Reply, error_reply, json_reply
-from .errors import ApiError, RangeError, invalid, not_found, required
-from .hashes import hash_header
-from .objects import SETTABLE, NewObject, Preconditions, StoredObject, changed_fields, check_name
+from .buckets import DENIABLE, Buckets
+from .calls import Call, Receiver, Reply, error_reply, json_reply, parse_json
+from .errors import ApiError, invalid, not_allowed, not_found, required
+from .objects import (
+    SETTABLE,
+    NewObject,
+    StoredObject,
+    changed_fields,
+    check_name,
+    check_preconditions,
+    whole_number,
+)
 from .resources import bucket_resource, object_reply, object_resource
 from .unsupported import bucket_settings, refuse_object_settings, refuse_parameters, refuse_path
 from .uploads import Uploads
@@ -41,10 +47,9 @@ _DOWNLOAD_HEADERS = {
 class Api:
     """Answers requests of the JSON API."""
 
-    def __init__(self, buckets: Buckets, access: Access) -> None:
+    def __init__(self, buckets: Buckets) -> None:
         self._buckets = buckets
-        self._access = access
-        self._uploads = Uploads(buckets, access)
+        self._uploads = Uploads(buckets)
 
     def close(self) -> None:
         """Drop unfinished uploads."""
@@ -61,7 +66,7 @@ class Api:
             match call.parts:
                 case ["upload", "storage", "v1", "b", bucket, "o"]:
                     refuse_parameters(call)
-                    self._access.need_payer(call, bucket)
+                    self._need_payer(call, bucket)
                     return self._uploads.receive(call, bucket)
                 case ["batch", "storage", "v1"] if call.method == "POST":
                     return Receiver(lambda: batch_reply(call, answer_batched), call.body.extend)
@@ -79,10 +84,10 @@ class Api:
             case ["storage", "v1", "b"] | ["storage", "v1", "b", ""]:
                 return self._list_or_create_buckets(call)
             case ["storage", "v1", "b", bucket, *rest]:
-                self._access.need_payer(call, bucket)
+                self._need_payer(call, bucket)
                 return self._answer_in(call, bucket, rest)
             case ["download", "storage", "v1", "b", bucket, "o", name] if call.reads:
-                self._access.need_payer(call, bucket)
+                self._need_payer(call, bucket)
                 return self._get(call, bucket, name)
         refuse_path(call.parts)
         raise not_found()
@@ -108,24 +113,35 @@ class Api:
             case ["o", name, "copyTo" | "rewriteTo", "b", other, "o", target] if (
                 call.method == "POST"
             ):
-                self._access.need_payer(call, other)
+                self._need_payer(call, other)
                 return self._copy(call, bucket, name, other, target)
         refuse_path(call.parts)
         raise not_found()
+
+    def _need_payer(self, call: Call, bucket: str) -> None:
+        """Raise 400 if the bucket wants a project to bill and the call names none.
+
+        https://cloud.google.com/storage/docs/requester-pays
+        """
+        if bucket not in self._buckets or not self._buckets[bucket].requester_pays:
+            return
+        if not (call.query.get("userProject") or call.headers.get("x-goog-user-project")):
+            message = "Bucket is a requester pays bucket but no user project provided."
+            raise ApiError(400, "required", message)
 
     # Buckets.
 
     def _list_or_create_buckets(self, call: Call) -> Reply:
         if call.method == "POST":
-            self._access.need("bucket_create")
-            resource = call.json()
+            self._buckets.need("bucket_create")
+            resource = parse_json(call.body)
             name = resource.get("name")
             if not isinstance(name, str):
                 raise required("name")
             bucket = self._buckets.create_bucket(name, bucket_settings(resource))
             return json_reply(call, bucket_resource(bucket, call.base_url))
         if not call.reads:
-            raise _not_allowed(call)
+            raise not_allowed(call.method)
         query = listing.ListingQuery(
             prefix=call.query.get("prefix", ""),
             after=_page_token(call),
@@ -137,15 +153,14 @@ class Api:
 
     def _bucket(self, call: Call, name: str) -> Reply:
         if call.reads:
-            self._access.need("bucket_get")
+            self._buckets.need("bucket_get")
         bucket = self._buckets[name]
-        preconditions = Preconditions.from_query(call.query)
+        check_preconditions(call.query, bucket, reading=call.reads)
         if call.method == "DELETE":
-            self._buckets.delete_bucket(name, preconditions)
+            self._buckets.delete_bucket(name)
             return Reply(204)
-        preconditions.check(bucket, reading=call.reads)
         if call.method in ("PATCH", "PUT"):
-            settings = bucket_settings(call.json())
+            settings = bucket_settings(parse_json(call.body))
             if call.method == "PATCH":
                 labels = {**bucket.settings.get("labels", {}), **(settings.get("labels") or {})}
                 if settings.get("labels"):
@@ -154,20 +169,21 @@ class Api:
             given = {key: value for key, value in settings.items() if value is not None}
             self._buckets.change_bucket(bucket, given)
         elif not call.reads:
-            raise _not_allowed(call)
+            raise not_allowed(call.method)
         return json_reply(call, bucket_resource(bucket, call.base_url))
 
     def _test_permissions(self, call: Call, bucket: str) -> Reply:
         self._buckets[bucket]  # 404 if there is none
         asked = parse_qs(call.query_string).get("permissions", [])
-        granted = self._access.granted(asked)
+        denied = {DENIABLE[name] for name in self._buckets.denied}
+        granted = [permission for permission in asked if permission not in denied]
         answer = {"kind": "storage#testIamPermissionsResponse", "permissions": granted}
         return json_reply(call, answer)
 
     # Reading objects.
 
     def _list(self, call: Call, bucket_name: str) -> Reply:
-        self._access.need("list")
+        self._buckets.need("list")
         bucket = self._buckets[bucket_name]
         query = call.query
         page = listing.list_page(
@@ -179,20 +195,16 @@ class Api:
                 end=query.get("endOffset", ""),
                 after=_page_token(call),
                 glob=query.get("matchGlob", ""),
-                include_trailing_delimiter=call.flag("includeTrailingDelimiter"),
+                include_trailing_delimiter=query.get("includeTrailingDelimiter", "").lower()
+                == "true",
                 max_results=_limit(call),
             ),
         )
-        tree = call.field_tree
-        wanted = tree.get("items") if tree and "*" not in tree else None
-        if tree and "*" not in tree and wanted is None:
-            items: list[dict[str, Any]] = [{} for _ in page.names]
-        else:
-            keys = frozenset(wanted) if wanted else None
-            items = [
-                object_resource(bucket.objects[name], bucket, call.base_url, keys)
-                for name in page.names
-            ]
+        wanted = call.field_tree.get("items", {})
+        items = [
+            object_resource(bucket.objects[name], bucket, call.base_url, wanted)
+            for name in page.names
+        ]
         answer = _page("storage#objects", items, page)
         if page.prefixes:
             answer["prefixes"] = page.prefixes
@@ -203,15 +215,15 @@ class Api:
             return self._get(call, bucket, name)
         call.object_name = name
         if call.method not in ("DELETE", "PATCH", "PUT"):
-            raise _not_allowed(call)
-        self._access.need("delete" if call.method == "DELETE" else "update")
+            raise not_allowed(call.method)
+        self._buckets.need("delete" if call.method == "DELETE" else "update")
         stored = self._buckets.get(bucket, name, call.query.get("generation"))
-        Preconditions.from_query(call.query).check(stored)
+        check_preconditions(call.query, stored)
         if call.method == "DELETE":
             self._buckets.check_removal(stored)
             self._buckets.delete(stored)
             return Reply(204)
-        resource = call.json()
+        resource = parse_json(call.body)
         refuse_object_settings(resource)
         changes = changed_fields(stored, resource, keep=call.method == "PATCH")
         self._buckets.change(stored, changes)
@@ -220,9 +232,9 @@ class Api:
     def _get(self, call: Call, bucket: str, name: str) -> Reply:
         """The object's bytes or, without `alt=media`, its resource."""
         call.object_name = name
-        self._access.need("get")
-        preconditions = Preconditions.from_query(call.query)
-        stored = self._buckets.get(bucket, name, call.query.get("generation"), preconditions)
+        self._buckets.need("get")
+        stored = self._buckets.get(bucket, name, call.query.get("generation"))
+        check_preconditions(call.query, stored, reading=True)
         if call.query.get("alt") != "media":
             return self._resource(call, stored)
         headers = {
@@ -231,7 +243,7 @@ class Api:
             "Last-Modified": formatdate(stored.updated / 1e6, usegmt=True),
             "X-Goog-Generation": str(stored.generation),
             "X-Goog-Metageneration": str(stored.metageneration),
-            "X-Goog-Hash": hash_header(stored.crc32c, stored.md5),
+            "X-Goog-Hash": f"crc32c={stored.crc32c}" + (f",md5={stored.md5}" if stored.md5 else ""),
             "X-Goog-Storage-Class": "STANDARD",
             "X-Goog-Stored-Content-Length": str(stored.size),
             "X-Goog-Stored-Content-Encoding": "identity",
@@ -245,7 +257,13 @@ class Api:
             start, end = wanted
             status = 206
             if start >= end:
-                raise RangeError(stored.size)
+                raise ApiError(
+                    416,
+                    "requestedRangeNotSatisfiable",
+                    "Request range not satisfiable",
+                    plain=True,
+                    headers={"Content-Range": f"bytes */{stored.size}"},
+                )
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{stored.size}"
         return Reply(status, headers, stream=stored.body.read(start, end), length=end - start)
 
@@ -258,14 +276,14 @@ class Api:
         self, call: Call, bucket: str, name: str, generation: str | None = None
     ) -> StoredObject:
         """The object to copy or to move."""
-        self._access.need("get")
+        self._buckets.need("get")
         source = self._buckets.get(bucket, name, generation)
-        Preconditions.from_query(call.query, "ifSource").check(source)
+        check_preconditions(call.query, source, "ifSource")
         return source
 
     def _compose(self, call: Call, bucket: str, name: str) -> Reply:
         call.object_name = name
-        body = call.json()
+        body = parse_json(call.body)
         listed = body.get("sourceObjects")
         if not isinstance(listed, list) or not all(isinstance(i, dict) for i in listed):
             raise invalid("Invalid value for sourceObjects.")
@@ -274,14 +292,14 @@ class Api:
                 f"The number of source components provided must be 1 to {MAX_COMPOSE_SOURCES}."
             )
         new = self._new_object(body.get("destination") or {}, name)
-        self._access.need_write(bucket, name, Preconditions.from_query(call.query))
+        self._buckets.check_write(bucket, name, call.query)
         sources = []
         for item in listed:
             generation = item.get("generation")
             source = self._buckets.get(
                 bucket, item.get("name", ""), None if generation is None else str(generation)
             )
-            Preconditions.from_query(item.get("objectPreconditions") or {}).check(source)
+            check_preconditions(item.get("objectPreconditions") or {}, source)
             sources.append(source)
         return self._resource(call, self._buckets.compose(bucket, new, sources))
 
@@ -291,14 +309,14 @@ class Api:
         call.object_name = name
         generation = call.query.get("sourceGeneration")
         source = self._source(call, source_bucket, source_name, generation)
-        body = call.json()
+        body = parse_json(call.body)
         if any(key in body for key in ("contentType", "metadata", *SETTABLE)):
             new = self._new_object(body, name)
         else:
             refuse_object_settings(body)
             new = NewObject.like(source, name)
         check_name(name)
-        self._access.need_write(bucket, name, Preconditions.from_query(call.query))
+        self._buckets.check_write(bucket, name, call.query)
         stored = self._buckets.copy(source, bucket, new)
         if call.parts[6] == "copyTo":
             return self._resource(call, stored)
@@ -307,19 +325,19 @@ class Api:
             "totalBytesRewritten": str(stored.size),
             "objectSize": str(stored.size),
             "done": True,
-            "resource": object_resource(stored, self._buckets[bucket], call.base_url),
+            "resource": object_resource(stored, self._buckets[bucket], call.base_url, {}),
         }
         return json_reply(call, answer)
 
     def _move(self, call: Call, bucket: str, source_name: str, name: str) -> Reply:
         call.object_name = name
-        self._access.need("delete")
+        self._buckets.need("delete")
         source = self._source(call, bucket, source_name)
         check_name(name)
         if name == source.name:
             raise invalid("The source and destination object names must be different.")
         self._buckets.check_removal(source)
-        self._access.need_write(bucket, name, Preconditions.from_query(call.query))
+        self._buckets.check_write(bucket, name, call.query)
         stored = self._buckets.copy(source, bucket, NewObject.like(source, name))
         self._buckets.delete(source)
         return self._resource(call, stored)
@@ -362,10 +380,6 @@ def _header_value(value: object) -> str:
     return re.sub(r"[\x00-\x1f\x7f]", " ", text)
 
 
-def _not_allowed(call: Call) -> ApiError:
-    return ApiError(405, "methodNotAllowed", f"{call.method} is not supported here.")
-
-
 def _page(kind: str, items: list[dict[str, Any]], page: listing.ListingPage) -> dict[str, Any]:
     answer: dict[str, Any] = {"kind": kind}
     if page.next is not None:
@@ -376,7 +390,8 @@ def _page(kind: str, items: list[dict[str, Any]], page: listing.ListingPage) -> 
 
 
 def _limit(call: Call) -> int:
-    return min(call.number("maxResults") or listing.MAX_RESULTS, listing.MAX_RESULTS)
+    asked = whole_number(call.query, "maxResults") if call.query.get("maxResults") else None
+    return min(asked or listing.MAX_RESULTS, listing.MAX_RESULTS)
 
 
 def _page_token(call: Call) -> str:

@@ -9,13 +9,25 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .bodies import MD5_UP_TO_BYTES, Body, Spool, md5_of
-from .errors import ApiError, invalid, not_found, required
+from .errors import ApiError, forbidden, invalid, not_found, required
 from .folder import Folder
-from .objects import NO_PRECONDITIONS, NewObject, Preconditions, StoredObject
+from .objects import NewObject, StoredObject, check_preconditions
 
 # https://cloud.google.com/storage/docs/buckets#naming
 _BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 MAX_RETENTION_SECONDS = 3_155_760_000  # https://cloud.google.com/storage/docs/bucket-lock
+# What `StorageServer.deny` takes, and the permission a 403 then names
+# (https://cloud.google.com/storage/docs/access-control/iam-permissions).
+DENIABLE = {
+    "overwrite": "storage.objects.delete",
+    "delete": "storage.objects.delete",
+    "create": "storage.objects.create",
+    "get": "storage.objects.get",
+    "list": "storage.objects.list",
+    "update": "storage.objects.update",
+    "bucket_get": "storage.buckets.get",
+    "bucket_create": "storage.buckets.create",
+}
 
 
 @dataclass(slots=True)
@@ -67,6 +79,7 @@ class Buckets:
         self._folder = folder
         self._clock = 0
         self._by_name: dict[str, Bucket] = {}
+        self.denied: frozenset[str] = frozenset()  # names in DENIABLE
         self.ahead = 0  # microseconds by which this server's clock is set ahead
         if folder is not None:
             self._load(folder)
@@ -106,10 +119,8 @@ class Buckets:
         bucket.updated = self._now()
         self._save_bucket(bucket)
 
-    def delete_bucket(self, name: str, preconditions: Preconditions) -> None:
-        bucket = self[name]
-        preconditions.check(bucket)
-        if bucket.objects:
+    def delete_bucket(self, name: str) -> None:
+        if self[name].objects:
             raise ApiError(409, "conflict", "The bucket you tried to delete is not empty.")
         if self._folder is not None:
             self._folder.delete_bucket(name)
@@ -122,18 +133,26 @@ class Buckets:
         self[bucket]  # 404 if there is none
         return Spool(None if self._folder is None else self._folder.data_directory(bucket))
 
-    def get(
-        self,
-        bucket: str,
-        name: str,
-        generation: str | None = None,
-        preconditions: Preconditions = NO_PRECONDITIONS,
-    ) -> StoredObject:
+    def get(self, bucket: str, name: str, generation: str | None = None) -> StoredObject:
         found = self[bucket].objects.get(name)
         if found is None or (generation is not None and generation != str(found.generation)):
             raise not_found(f"No such object: {bucket}/{name}")
-        preconditions.check(found, reading=True)
         return found
+
+    def need(self, *names: str) -> None:
+        """Raise 403 if one of them is denied. All clients are one account."""
+        for name in names:
+            if name in self.denied:
+                raise forbidden(DENIABLE[name])
+
+    def check_write(self, bucket: str, name: str, query: Mapping[str, str]) -> None:
+        """Raise what a write of this name would be answered with: 404, 412 or 403."""
+        self.need("create")
+        current = self[bucket].objects.get(name)
+        check_preconditions(query, current)
+        if current is not None:
+            self.need("overwrite")
+            self.check_removal(current)
 
     def check_removal(self, stored: StoredObject) -> None:
         """Raise 403 if a hold or the bucket's retention policy keeps the object."""
@@ -149,30 +168,18 @@ class Buckets:
             )
 
     def put(self, bucket: str, new: NewObject, spool: Spool) -> StoredObject:
-        """Store the spooled bytes in place of what is there, or raise and store nothing.
-
-        Raises:
-            ApiError: 400 when a declared hash differs, 404 without bucket.
-        """
-        try:
-            holder = self[bucket]
-            if new.crc32c is not None and new.crc32c != spool.crc32c:
-                raise invalid(
-                    f'Provided CRC32C "{new.crc32c}" doesn\'t match calculated CRC32C '
-                    f'"{spool.crc32c}".'
-                )
-            body = spool.finish()
-            md5 = None
-            if new.md5 is not None or body.size <= MD5_UP_TO_BYTES:
-                md5 = md5_of(body)
-            if new.md5 is not None and new.md5 != md5:
-                raise invalid(
-                    f'Provided MD5 hash "{new.md5}" doesn\'t match calculated MD5 hash "{md5}".'
-                )
-        except ApiError:
-            spool.discard()
-            raise
-        return self._keep(holder, new, body, spool.crc32c, md5)
+        """Store the spooled bytes, overwriting what is there; 400 if a declared hash differs."""
+        if new.crc32c is not None and new.crc32c != spool.crc32c:
+            raise invalid(
+                f'Provided CRC32C "{new.crc32c}" doesn\'t match calculated CRC32C "{spool.crc32c}".'
+            )
+        body = spool.finish()
+        md5 = md5_of(body) if new.md5 is not None or body.size <= MD5_UP_TO_BYTES else None
+        if new.md5 is not None and new.md5 != md5:
+            raise invalid(
+                f'Provided MD5 hash "{new.md5}" doesn\'t match calculated MD5 hash "{md5}".'
+            )
+        return self._keep(self[bucket], new, body, spool.crc32c, md5)
 
     def delete(self, stored: StoredObject) -> None:
         bucket = self[stored.bucket]

@@ -7,7 +7,7 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote, unquote_plus
 
-from .errors import ApiError, RangeError, invalid
+from .errors import ApiError
 from .fields import parse_fields, select
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
@@ -77,23 +77,6 @@ class Call:
         except ValueError as exc:
             raise ApiError(400, "invalidParameter", str(exc)) from exc
 
-    def flag(self, name: str) -> bool:
-        """A boolean of the query; clients write it in any case."""
-        return self.query.get(name, "").lower() == "true"
-
-    def number(self, name: str) -> int | None:
-        """A number of the query, or None."""
-        text = self.query.get(name, "")
-        if not text:
-            return None
-        if not (text.isascii() and text.isdigit()):
-            raise invalid(f"Invalid value for {name}: {text!r}")
-        return int(text)
-
-    def json(self) -> dict[str, Any]:
-        """The body as a JSON object."""
-        return parse_json(self.body)
-
 
 @dataclass(slots=True)
 class Reply:
@@ -159,12 +142,8 @@ def json_reply(call: Call, value: dict[str, Any]) -> Reply:
 def error_reply(exc: ApiError, *, plain: bool = False) -> Reply:
     if exc.status == 304:
         return Reply(304)
-    if isinstance(exc, RangeError):
-        return Reply(
-            exc.status, {**_PLAIN, "Content-Range": f"bytes */{exc.size}"}, exc.message.encode()
-        )
     if plain or exc.plain:
-        return Reply(exc.status, _PLAIN, exc.message.encode())
+        return Reply(exc.status, {**_PLAIN, **exc.headers}, exc.message.encode())
     detail = {"message": exc.message, "domain": "global", "reason": exc.reason}
     if exc.status == 412:
         detail |= {"locationType": "header", "location": "If-Match"}

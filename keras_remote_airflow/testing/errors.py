@@ -3,31 +3,30 @@
 https://cloud.google.com/storage/docs/json_api/v1/status-codes
 """
 
+from collections.abc import Mapping
+
 
 class ApiError(Exception):
-    """`reason` is the JSON API's word for the error; `plain` asks for text instead of JSON."""
+    """`reason` is the JSON API's word for the error; `plain` asks for text instead of JSON.
 
-    plain = False
+    The upload endpoint answers some errors in plain text.
+    """
 
-    def __init__(self, status: int, reason: str, message: str) -> None:
+    def __init__(
+        self,
+        status: int,
+        reason: str,
+        message: str,
+        *,
+        plain: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.reason = reason
         self.message = message
-
-
-class PlainError(ApiError):
-    """The upload endpoint answers some errors in plain text."""
-
-    plain = True
-
-
-class RangeError(PlainError):
-    """416, with the header that says how long the object is."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(416, "requestedRangeNotSatisfiable", "Request range not satisfiable")
-        self.size = size
+        self.plain = plain
+        self.headers = headers or {}
 
 
 def invalid(message: str) -> ApiError:
@@ -40,6 +39,10 @@ def required(parameter: str) -> ApiError:
 
 def not_found(message: str = "Not Found") -> ApiError:
     return ApiError(404, "notFound", message)
+
+
+def not_allowed(method: str) -> ApiError:
+    return ApiError(405, "methodNotAllowed", f"{method} is not supported here.")
 
 
 def forbidden(permission: str) -> ApiError:

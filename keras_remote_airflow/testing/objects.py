@@ -3,16 +3,20 @@
 https://cloud.google.com/storage/docs/json_api/v1/objects
 """
 
+import base64
+import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from .bodies import Body
 from .errors import ApiError, invalid, required
-from .hashes import checked_hash
 
 MAX_NAME_BYTES = 1024  # https://cloud.google.com/storage/docs/objects#naming
 MAX_METADATA_BYTES = 8 * 1024  # keys and values: https://cloud.google.com/storage/quotas#objects
+
+# Bytes of each kind of hash.
+_HASH_BYTES = {"crc32c": 4, "md5": 16}
 
 # Holds, and what error messages call them: https://cloud.google.com/storage/docs/object-holds
 HOLDS = {"temporaryHold": "Temporary", "eventBasedHold": "Event-Based"}
@@ -71,54 +75,34 @@ class StoredObject:
                 )
 
 
-@dataclass(frozen=True, slots=True)
-class Preconditions:
-    """https://cloud.google.com/storage/docs/request-preconditions"""
+def check_preconditions(
+    query: Mapping[str, Any], current: Any, prefix: str = "if", *, reading: bool = False
+) -> None:
+    """Raise 412 unless they hold for a bucket, an object or None, which has generation 0.
 
-    generation: int | None = None
-    not_generation: int | None = None
-    metageneration: int | None = None
-    not_metageneration: int | None = None
-
-    @classmethod
-    def from_query(cls, query: Mapping[str, Any], prefix: str = "if") -> "Preconditions":
-        """Read `ifGenerationMatch` and its kin; `prefix` may be "ifSource"."""
-        numbers = {}
-        for parameter, name in _PARAMETERS.items():
-            text = query.get(prefix + parameter)
-            if text is not None:
-                if not (str(text).isascii() and str(text).isdigit()):
-                    raise invalid(f"Invalid value for {prefix}{parameter}: {text!r}")
-                numbers[name] = int(text)
-        return cls(**numbers) if numbers else NO_PRECONDITIONS
-
-    def check(self, current: Any, *, reading: bool = False) -> None:
-        """Raise 412 unless they hold for a bucket, an object or None, which has generation 0.
-
-        On reads the "not match" kind raises 304.
-        """
-        if self is NO_PRECONDITIONS:
-            return
-        generation = getattr(current, "generation", 0)
-        metageneration = getattr(current, "metageneration", 0)
-        differs = self.generation not in (None, generation) or (
-            self.metageneration not in (None, metageneration)
-        )
-        is_same = generation == self.not_generation or metageneration == self.not_metageneration
-        if is_same and reading and not differs:
-            raise ApiError(304, "notModified", "Not Modified")
-        if is_same or differs:
-            message = "At least one of the pre-conditions you specified did not hold."
-            raise ApiError(412, "conditionNotMet", message)
+    On reads the "not match" kind raises 304. `prefix` may be "ifSource".
+    https://cloud.google.com/storage/docs/request-preconditions
+    """
+    differs = is_same = False
+    for number in ("Generation", "Metageneration"):
+        actual = getattr(current, number.lower(), 0)
+        differs |= whole_number(query, f"{prefix}{number}Match") not in (None, actual)
+        is_same |= whole_number(query, f"{prefix}{number}NotMatch") == actual
+    if is_same and reading and not differs:
+        raise ApiError(304, "notModified", "Not Modified")
+    if is_same or differs:
+        message = "At least one of the pre-conditions you specified did not hold."
+        raise ApiError(412, "conditionNotMet", message)
 
 
-NO_PRECONDITIONS = Preconditions()
-_PARAMETERS = {
-    "GenerationMatch": "generation",
-    "GenerationNotMatch": "not_generation",
-    "MetagenerationMatch": "metageneration",
-    "MetagenerationNotMatch": "not_metageneration",
-}
+def whole_number(values: Mapping[str, Any], name: str) -> int | None:
+    """A parameter or header that is a number, or None without it."""
+    text = values.get(name)
+    if text is None:
+        return None
+    if not (str(text).isascii() and str(text).isdigit()):
+        raise invalid(f"Invalid value for {name}: {text!r}")
+    return int(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,3 +230,32 @@ def check_name(name: str) -> None:
         or name.startswith(".well-known/acme-challenge/")
     ):
         raise invalid(f"Disallowed object name: {name!r}")
+
+
+def declared_hashes(headers: Mapping[str, str], *, of_body: bool = False) -> dict[str, str]:
+    """The hashes in `X-Goog-Hash`, by "crc32c" and "md5"; `of_body` adds `Content-MD5`.
+
+    Raises:
+        ApiError: 400 when one is not base64 of the right length.
+    """
+    declared: dict[str, str] = {}
+    for part in headers.get("x-goog-hash", "").split(","):
+        name, equals, value = part.strip().partition("=")
+        if equals:
+            declared[name.strip().lower()] = value.strip()
+    if of_body and "content-md5" in headers:
+        declared["md5"] = headers["content-md5"]
+    return {name: checked_hash(declared[name], name) for name in _HASH_BYTES if name in declared}
+
+
+def checked_hash(value: str, name: str) -> str:
+    """Raise 400 unless `value` is base64 of a hash of that kind."""
+    try:
+        right = len(base64.b64decode(value, validate=True)) == _HASH_BYTES[name]
+    except (binascii.Error, ValueError):
+        right = False
+    if not right:
+        raise invalid(
+            f"Invalid value for {name}: {value!r} is not base64 of {_HASH_BYTES[name]} bytes"
+        )
+    return value

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from .buckets import Bucket
 from .calls import Call, Reply, json_reply
+from .fields import Tree
 from .objects import StoredObject
 
 
@@ -26,10 +27,10 @@ def etag(generation: int, metageneration: int) -> str:
 
 
 def object_resource(
-    stored: StoredObject, bucket: Bucket, base_url: str, wanted: frozenset[str] | None = None
+    stored: StoredObject, bucket: Bucket, base_url: str, wanted: Tree
 ) -> dict[str, Any]:
-    """The object's JSON; with `wanted`, at least these keys (all are half a listing's cost)."""
-    if wanted is not None and wanted <= _CHEAP.keys():
+    """The object's JSON, or at least the keys in `wanted` (all are half a listing's cost)."""
+    if wanted and wanted.keys() <= _CHEAP.keys():
         values = ((key, _CHEAP[key](stored)) for key in wanted)
         return {key: value for key, value in values if value is not None}
     name = quote(stored.name, safe="")
@@ -68,8 +69,7 @@ def object_resource(
 
 def object_reply(call: Call, stored: StoredObject, bucket: Bucket) -> Reply:
     """200 with the object's resource, or with what the call's `fields` select of it."""
-    wanted = frozenset(call.field_tree) or None
-    return json_reply(call, object_resource(stored, bucket, call.base_url, wanted))
+    return json_reply(call, object_resource(stored, bucket, call.base_url, call.field_tree))
 
 
 _CHEAP: dict[str, Callable[[StoredObject], Any]] = {

@@ -7,7 +7,7 @@ from typing import Self
 
 from .bodies import Spool
 from .calls import Reply
-from .errors import PlainError, invalid
+from .errors import ApiError, invalid
 from .objects import NewObject
 
 CHUNK_BYTES = 256 * 1024  # chunks other than the last are multiples of this
@@ -76,7 +76,8 @@ class SessionWrite:
                 last is no multiple of 256 KiB; nothing of this request is kept.
         """
         if not self._current:
-            raise PlainError(503, "backendError", "Another request took over this upload.")
+            message = "Another request took over this upload."
+            raise ApiError(503, "backendError", message, plain=True)
         self._session.transfer = None
         sent = self._range
         if sent is None or (sent.first is not None and sent.last is None):
@@ -101,7 +102,7 @@ class SessionWrite:
                 f"multiple of {CHUNK_BYTES}).  The received request contained {expected} bytes, "
                 "which does not meet this requirement."
             )
-        raise PlainError(400, "badRequest", f"Invalid request.  {problem}")
+        raise ApiError(400, "badRequest", f"Invalid request.  {problem}", plain=True)
 
 
 @dataclass(slots=True)
@@ -156,12 +157,13 @@ class UploadSession:
         elif self.transfer is not None:
             self.transfer.abort()
         if first > self.persisted:
-            raise PlainError(
+            raise ApiError(
                 503,
                 "backendError",
                 "Invalid request.  According to the Content-Range header, the upload offset is "
                 f"{first} byte(s), which exceeds already uploaded size of "
                 f"{self.persisted} byte(s).",
+                plain=True,
             )
         total = None if content_range is None else content_range.total
         if None not in (total, self.declared_size) and total != self.declared_size:

@@ -12,9 +12,8 @@ from typing import Any, Self
 
 from aiohttp import web
 
-from .access import Access
 from .api import Api
-from .buckets import Buckets
+from .buckets import DENIABLE, Buckets
 from .faults import Fault, Faults, Request
 from .folder import Folder
 from .handler import Handler
@@ -57,8 +56,7 @@ class StorageServer:
         self._lock = threading.RLock()
         self._faults = Faults()
         self._buckets = Buckets(None if directory is None else Folder(Path(directory)))
-        self._access = Access(self._buckets)
-        self._api = Api(self._buckets, self._access)
+        self._api = Api(self._buckets)
         self._web: web.Server | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -185,12 +183,19 @@ class StorageServer:
         self._faults.clear()
 
     def deny(self, *names: str) -> None:
-        """Answer 403 to "overwrite", "delete", "bucket_get" and the other names in `DENIABLE`."""
-        self._access.deny(*names)
+        """Answer 403 to "overwrite", "delete", "bucket_get" and the other names in `DENIABLE`.
+
+        Raises:
+            ValueError: a name is not in `DENIABLE`.
+        """
+        for name in names:
+            if name not in DENIABLE:
+                raise ValueError(f"cannot deny {name!r}: choose from {', '.join(DENIABLE)}")
+        self._buckets.denied |= frozenset(names)
 
     def allow_all(self) -> None:
         """Take back every `deny`."""
-        self._access.allow_all()
+        self._buckets.denied = frozenset()
 
     @property
     def requests(self) -> list[Request]:

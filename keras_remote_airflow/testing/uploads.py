@@ -4,17 +4,16 @@ https://cloud.google.com/storage/docs/uploads-downloads#uploads
 """
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import replace
 from urllib.parse import quote, urlencode
 
-from .access import Access
 from .bodies import Spool
 from .buckets import Buckets
 from .calls import Call, Receiver, Reply, parse_json
-from .errors import ApiError, invalid, not_found
-from .hashes import declared_hashes
+from .errors import ApiError, invalid, not_allowed, not_found
 from .multipart import RelatedReader, boundary_of
-from .objects import NewObject, Preconditions
+from .objects import NewObject, declared_hashes, whole_number
 from .resources import object_reply
 from .resumable import ContentRange, SessionWrite, UploadSession
 from .unsupported import refuse_object_settings
@@ -23,9 +22,8 @@ from .unsupported import refuse_object_settings
 class Uploads:
     """Begins uploads and keeps the sessions of resumable ones."""
 
-    def __init__(self, buckets: Buckets, access: Access) -> None:
+    def __init__(self, buckets: Buckets) -> None:
         self._buckets = buckets
-        self._access = access
         self._sessions: dict[str, UploadSession] = {}
 
     def close(self) -> None:
@@ -50,19 +48,15 @@ class Uploads:
     def open(self, call: Call, bucket: str, new: NewObject) -> Spool:
         """Where an object's bytes go, if it could be written now: a refused one costs nothing."""
         call.object_name = new.name
-        self._access.need_write(bucket, new.name, Preconditions.from_query(call.query))
+        self._buckets.check_write(bucket, new.name, call.query)
         return self._buckets.spool(bucket)
 
     def finish(
-        self, call: Call, bucket: str, new: NewObject, spool: Spool, preconditions: Preconditions
+        self, call: Call, bucket: str, new: NewObject, spool: Spool, query: Mapping[str, str]
     ) -> Reply:
-        """All bytes are there: make the object, or drop them and raise ApiError."""
-        try:
-            self._access.need_write(bucket, new.name, preconditions)
-            stored = self._buckets.put(bucket, new, spool)
-        except ApiError:
-            spool.discard()
-            raise
+        """All bytes are there: make the object. After an ApiError the caller discards the bytes."""
+        self._buckets.check_write(bucket, new.name, query)
+        stored = self._buckets.put(bucket, new, spool)
         return object_reply(call, stored, self._buckets[bucket])
 
     # Sessions.
@@ -72,16 +66,13 @@ class Uploads:
         new = _new_object(call, call.body).with_hashes(declared_hashes(headers))
         if new.content_type is None:
             new = replace(new, content_type=headers.get("x-upload-content-type"))
-        length = headers.get("x-upload-content-length")
-        if length is not None and not (length.isascii() and length.isdigit()):
-            raise invalid(f"Invalid value for X-Upload-Content-Length: {length!r}")
         upload_id = uuid.uuid4().hex
         self._sessions[upload_id] = UploadSession(
             bucket=bucket,
             new=new,
             query=call.query,
             spool=self.open(call, bucket, new),
-            declared_size=None if length is None else int(length),
+            declared_size=whole_number(headers, "x-upload-content-length"),
         )
         query = {"uploadType": "resumable", "name": new.name, "upload_id": upload_id}
         if "userProject" in call.query:
@@ -100,7 +91,7 @@ class Uploads:
         if call.method == "DELETE":
             return Receiver(lambda: self._cancel_session(call))
         if call.method not in ("PUT", "POST"):  # gcsfs sends its chunks with POST
-            raise ApiError(405, "methodNotAllowed", f"{call.method} is not supported here.")
+            raise not_allowed(call.method)
         if session.finished is not None:
             finished = session.finished
             return Receiver(lambda: finished)
@@ -121,10 +112,9 @@ class Uploads:
             return session.status(call.headers)
         if "fields" in session.query:
             call.query.setdefault("fields", session.query["fields"])
-        preconditions = Preconditions.from_query(session.query)
         try:
             new = session.new.with_hashes(declared_hashes(call.headers, of_body=True))
-            reply = self.finish(call, session.bucket, new, session.spool, preconditions)
+            reply = self.finish(call, session.bucket, new, session.spool, session.query)
         except ApiError:
             self._cancel_session(call)
             raise
@@ -160,16 +150,16 @@ class _MediaUpload:
             self._spool.discard()
 
     def answer(self) -> Reply:
+        call = self._call
         try:
             if self._reader is not None:
                 self._reader.end()
+            if self._new is None or self._spool is None:
+                raise invalid("The upload has no bytes.")
+            return self._uploads.finish(call, self._bucket, self._new, self._spool, call.query)
         except ApiError:
             self.abort()
             raise
-        if self._new is None or self._spool is None:
-            raise invalid("The upload has no bytes.")
-        preconditions = Preconditions.from_query(self._call.query)
-        return self._uploads.finish(self._call, self._bucket, self._new, self._spool, preconditions)
 
     def _open_part(self, metadata: bytes, headers: dict[str, str]) -> Spool:
         """The media part of a multipart upload begins."""
