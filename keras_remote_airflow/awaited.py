@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from keras_remote_airflow.connection import connect
 from keras_remote_airflow.core.errors import InvalidInputError, StoreError
 from keras_remote_airflow.core.layout import CacheKey, get_layout
-from keras_remote_airflow.core.progress import format_bytes
+from keras_remote_airflow.core.progress import format_bytes, format_files
 from keras_remote_airflow.core.refs import DataRef
 
 if TYPE_CHECKING:
@@ -104,4 +104,4 @@ class AwaitedDataset:
 def _amount(files: int | None, total_bytes: int | None) -> str:
     if files is None or total_bytes is None:
         return "a dataset whose marker does not say how large it is"
-    return f"{files} file{'' if files == 1 else 's'} ({format_bytes(total_bytes)})"
+    return f"{format_files(files)} ({format_bytes(total_bytes)})"

@@ -125,7 +125,7 @@ def parse_json(data: bytes | bytearray) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(data)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ApiError(400, "parseError", f"Parse Error: {exc}") from exc
     if value is not None and not isinstance(value, dict):
         raise ApiError(400, "parseError", "Parse Error: expected a JSON object")

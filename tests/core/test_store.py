@@ -374,11 +374,12 @@ def test_store_lets_go_of_its_thread(gcs_bucket):
     assert set(threading.enumerate()) == before
 
 
-def test_answer_that_is_not_cloud_storages_is_an_error_that_says_so(monkeypatch):
+@pytest.mark.parametrize("status", [200, 404])
+@pytest.mark.parametrize("body", [b"<html>Please log in</html>", b"[" * 10_000], ids=["page", "["])
+def test_answer_that_is_not_cloud_storages_is_an_error_that_says_so(monkeypatch, body, status):
     class Page(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            body = b"<html>Please log in</html>"
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -389,8 +390,9 @@ def test_answer_that_is_not_cloud_storages_is_an_error_that_says_so(monkeypatch)
     with http.server.HTTPServer(("127.0.0.1", 0), Page) as portal:
         threading.Thread(target=portal.serve_forever, daemon=True).start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{portal.server_port}")
-        with open_bucket("bucket") as store, pytest.raises(StoreError, match="Cloud Storage"):
+        with open_bucket("bucket") as store, pytest.raises(StoreError) as raised:
             store.list_page("x")
+        assert ("Cloud Storage" if status == 200 else "HTTP 404") in str(raised.value)
         portal.shutdown()
 
 

@@ -157,6 +157,7 @@ def test_multipart_bytes_are_exact(
         b'--sep\r\n\r\n{"name": "m"}\r\n--sep\r\n\r\ndata',
         b'--sep\r\n\r\n{"name": "m"}\r\n--sep\r\n\r\ndata\r\n--sep\r\n\r\nthird\r\n--sep--',
         b"--sep\r\n\r\nnot json\r\n--sep\r\n\r\ndata\r\n--sep--",
+        b"--sep\r\n\r\n" + b"[" * 10_000 + b"\r\n--sep\r\n\r\ndata\r\n--sep--",
         b'--sep\r\n\r\n["name"]\r\n--sep\r\n\r\ndata\r\n--sep--',
         b"--sep\r\n\r\n{}\r\n--sep\r\n\r\ndata\r\n--sep--",
     ],

@@ -393,7 +393,7 @@ def _understanding(body: bytes) -> Iterator[None]:
     """Raise RefusedError for an answer that Cloud Storage would not give."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise RefusedError(
             f"the answer is not one of Cloud Storage, or is incomplete ({body[:80]!r}). Check the "
             "endpoint, STORAGE_EMULATOR_HOST and the proxy."

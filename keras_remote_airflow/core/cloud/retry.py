@@ -161,7 +161,7 @@ def failure(status: int, body: bytes, retry_after: str = "") -> RetryableError |
         retry_after: its Retry-After header.
     """
     text = body.decode(errors="replace")
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         text = str(json.loads(text)["error"]["message"])
     reason = f"HTTP {status} {_without_queries(' '.join(text.split())[:300]).rstrip('.')}".rstrip()
     if status in RETRYABLE:
