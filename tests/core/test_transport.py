@@ -1,6 +1,7 @@
 """How requests get to Cloud Storage: whose account pays, through which proxy, with which token."""
 
 import asyncio
+import concurrent.futures
 import datetime
 import http.client
 import http.server
@@ -413,3 +414,23 @@ def _accept(server: socket.socket, words: bytes, stop: threading.Event) -> None:
         while not stop.is_set():
             connections.append(server.accept()[0])
             connections[-1].sendall(words)
+
+
+def test_work_that_is_left_when_the_transport_closes_is_cancelled():
+    begun, cancelled = threading.Event(), threading.Event()
+
+    async def work():
+        begun.set()
+        await asyncio.sleep(60)
+
+    def wait(transport):
+        try:
+            transport.run(work())
+        except concurrent.futures.CancelledError:
+            cancelled.set()
+
+    with Transport(client_for(f"http://{HOST}"), RetryPolicy()) as transport:
+        waiting = threading.Thread(target=wait, args=[transport], daemon=True)
+        waiting.start()
+        assert begun.wait(10)
+    assert cancelled.wait(10)

@@ -15,7 +15,7 @@ import ssl
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self, TypeVar
@@ -89,8 +89,8 @@ class Transport:
         self._thread.daemon = True
 
     def __enter__(self) -> Self:
-        self._thread.start()
         try:
+            self._thread.start()
             self.run(self._open())
         except BaseException:
             self._stop()
@@ -107,6 +107,7 @@ class Transport:
         while True:
             try:
                 self._loop.run_forever()
+                self._loop.close()
                 return
             except (SystemExit, KeyboardInterrupt):
                 # A callback of the caller's raised it. It ends `run_forever`, but is the result of
@@ -132,6 +133,11 @@ class Transport:
 
     async def _close(self) -> None:
         self._tokens.close()
+        # A signal handler may have raised in `run` before it waited for its work.
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
         await self._session.close()
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
@@ -172,9 +178,8 @@ class Transport:
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        if not self._thread.is_alive():
-            self._loop.close()
+        with suppress(RuntimeError):  # a signal handler may have raised while it was started
+            self._thread.join(10)
 
     @asynccontextmanager
     async def request(
