@@ -5,6 +5,9 @@
 Trigger it twice: the second run finds the same bytes under the same content hash, and uploads
 nothing. Change one image and trigger it again: the hash changes, and the data is uploaded.
 
+`train` could take the ref from `upload`, because after an upload the dataset is there. `wait` is in
+between to show the sensor.
+
 The run's params say where things are. If a param is empty, an Airflow variable says it:
 
     bucket      keras_remote_bucket      the Cloud Storage bucket; no default
@@ -140,7 +143,9 @@ def report(ref: dict, upload: dict, training: dict, data_dir: str, report_dir: s
         "bucket": Param("", type="string", description="empty: variable keras_remote_bucket"),
         "namespace": Param("", type="string", description="empty: variable keras_remote_namespace"),
         "data_dir": Param("", type="string", description="empty: variable keras_remote_data_dir"),
-        "report_dir": Param("", type="string", description="empty: keras_remote_report_dir"),
+        "report_dir": Param(
+            "", type="string", description="empty: variable keras_remote_report_dir"
+        ),
     },
     doc_md=__doc__,
     tags=["example", "keras_remote"],

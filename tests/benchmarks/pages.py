@@ -49,18 +49,20 @@ def write_overview(figures: dict[str, Any]) -> str:
     ]
     return f"""## How fast it is
 
-Seconds, and **times as fast as keras-kinetic {packages["keras-kinetic"]}**, medians of \
-{figures["rounds"]} rounds of `make bench` on
-{machine["cpus"]} cores, {figures["made_at"][:10]}, Python {machine["python"]}, aiohttp \
-{packages["aiohttp"]}, google-cloud-storage {packages["google-cloud-storage"]}, against a
-local server ([all figures, and their limits](docs/benchmarks.md)):
+Each cell shows seconds, and **how many times as fast** this is as keras-kinetic \
+{packages["keras-kinetic"]}. The figures are
+medians of {figures["rounds"]} rounds of `make bench` against a local server, on \
+{machine["cpus"]} cores, {figures["made_at"][:10]}, with
+Python {machine["python"]}, aiohttp {packages["aiohttp"]} and google-cloud-storage \
+{packages["google-cloud-storage"]} ([all figures, and their limits](docs/benchmarks.md)):
 
 {_markdown(rows)}
 
-A small object costs {ours["client_cpu_seconds_per_1000"]:.2f} ms of client CPU (keras-kinetic \
-{kinetic["client_cpu_seconds_per_1000"]:.1f} ms). Uploading 2 GiB takes {large["ours"]} MiB of
-memory ({large["kinetic"]} MiB), hashing and planning a million files \
-{_mib(cases["plan/N1M"]["ours"])} MiB.
+Uploading a small object takes {ours["client_cpu_seconds_per_1000"]:.2f} ms of client CPU; \
+keras-kinetic takes {kinetic["client_cpu_seconds_per_1000"]:.1f} ms. Uploading 2 GiB
+takes {large["ours"]} MiB of memory; keras-kinetic takes {large["kinetic"]} MiB. Hashing a million \
+files, and finding out which of them
+to send, takes {_mib(cases["plan/N1M"]["ours"])} MiB.
 """
 
 
@@ -79,7 +81,7 @@ def write_figures(figures: dict[str, Any]) -> str:
     parts = [
         f"""## The figures
 
-Medians of {figures["rounds"]} rounds (of what takes no time, three times as many) on \
+Medians of {figures["rounds"]} rounds (three times as many for quick cases) on \
 {machine["cpus"]} cores, {machine["system"]} {machine["architecture"]}, {figures["made_at"][:10]},
 with Python {machine["python"]}, {packages}.
 
