@@ -10,7 +10,7 @@ from .calls import Reply
 from .errors import ApiError, invalid
 from .objects import NewObject
 
-CHUNK_BYTES = 256 * 1024  # chunks other than the last are multiples of this
+COMMIT_BYTES = 256 * 1024  # chunks other than the last are multiples of this
 
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+|\*)|\*)/(\d+|\*)")
 
@@ -86,7 +86,7 @@ class SessionWrite:
             return sent.total == self._session.persisted
         expected = sent.last - sent.first + 1
         is_last = sent.total == sent.last + 1
-        if body_bytes == expected and (is_last or expected % CHUNK_BYTES == 0):
+        if body_bytes == expected and (is_last or expected % COMMIT_BYTES == 0):
             return is_last
         self._session.spool.truncate(self._start)
         if body_bytes != expected:
@@ -98,8 +98,8 @@ class SessionWrite:
         else:
             problem = (
                 "The number of bytes uploaded is required to be equal or greater than "
-                f"{CHUNK_BYTES}, except for the final request (it's recommended to be the exact "
-                f"multiple of {CHUNK_BYTES}).  The received request contained {expected} bytes, "
+                f"{COMMIT_BYTES}, except for the final request (it's recommended to be the exact "
+                f"multiple of {COMMIT_BYTES}).  The received request contained {expected} bytes, "
                 "which does not meet this requirement."
             )
         raise ApiError(400, "badRequest", f"Invalid request.  {problem}", plain=True)
@@ -129,7 +129,7 @@ class UploadSession:
     @property
     def resumable_size(self) -> int:
         """Bytes that would survive if the current request broke off."""
-        return self.persisted // CHUNK_BYTES * CHUNK_BYTES
+        return self.persisted // COMMIT_BYTES * COMMIT_BYTES
 
     def status(self, headers: Mapping[str, str]) -> Reply:
         """The answer while bytes are missing: how many are there."""

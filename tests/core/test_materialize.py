@@ -1,5 +1,6 @@
 """`materialize`: from a ref to verified bytes on disk, or an error and an untouched disk."""
 
+import errno
 import json
 import os
 import re
@@ -177,6 +178,29 @@ def test_file_of_that_name_with_other_bytes_is_refused_and_untouched(single, tmp
     with pytest.raises(InvalidInputError, match=r"config\.json"):
         materialize(single, str(dest))
     assert on_disk(dest) == {"config.json": b"mine"}
+
+
+def test_file_that_appears_during_the_download_is_never_overwritten(single, tmp_path):
+    final = tmp_path / "out" / "config.json"
+
+    def appears(content):
+        return lambda update: update.activity == "Hashing" and final.write_text(content)
+
+    assert materialize(single, str(final.parent), progress=appears('{"a":1}')) == str(final)
+    final.unlink()
+    with pytest.raises(InvalidInputError, match=r"config\.json"):
+        materialize(single, str(final.parent), progress=appears("precious"))
+    assert on_disk(final.parent) == {"config.json": b"precious"}
+
+
+def test_file_is_put_in_place_where_there_are_no_hard_links(single, tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", link)
+    dest = tmp_path / "out"
+    materialize(single, str(dest))
+    assert on_disk(dest) == {"config.json": b'{"a":1}'}
 
 
 def test_directory_of_that_name_is_refused_before_anything_is_fetched(single, tmp_path, gcs_server):

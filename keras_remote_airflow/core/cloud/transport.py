@@ -39,7 +39,7 @@ _MAX_BYTES = 32 << 20
 _CONNECT_SECONDS = 30.0
 _THREADS = 32  # for what blocks, such as reading from a slow disk: as many as hashing uses
 # Bytes of a streamed body that are read at a time.
-_CHUNK_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
 _ERROR_BYTES = 4096  # of the body of an answer that was not expected
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
@@ -229,11 +229,11 @@ class Transport:
                     if response.status == 401 and self._tokens.renew(headers):
                         error = RetryableError(str(error), 401)
                     raise error
-                body = _watched(response.content.iter_chunked(_CHUNK_BYTES), moved)
+                body = _watched(response.content.iter_chunked(_READ_BYTES), moved)
                 yield Answer(response.status, response.headers, body)
 
     def _url(self, url: str) -> URL:
-        if self._user_project and self._user_project not in url:
+        if self._user_project and "userProject=" not in url:
             url += ("&" if "?" in url else "?") + self._user_project
         return URL(url if "://" in url else self._endpoint + url, encoded=True)
 

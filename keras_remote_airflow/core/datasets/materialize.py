@@ -24,6 +24,7 @@ from keras_remote_airflow.core.disk.destination import (
     mode_for,
     mount_point,
     partial_name,
+    put_file,
     rename,
 )
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError
@@ -113,6 +114,13 @@ def _reuse(ref: DataRef, final: str, problem: str | None) -> str:
     return final
 
 
+def _compare(source: RemoteData, final: str, progress: ProgressCallback | None) -> str:
+    """Return `final` if what is there is the data; raise InvalidInputError if it is not."""
+    from keras_remote_airflow.core.disk.hashing import take_snapshot
+
+    return _reuse(source.ref, final, source.problem(take_snapshot(final, progress=progress)))
+
+
 def _fetch(source: RemoteData, folder: str, final: str, progress: ProgressCallback | None) -> str:
     """Fill `final` through a temporary directory in `folder`, which is on the same file system."""
     from keras_remote_airflow.core.disk.hashing import take_snapshot
@@ -121,8 +129,7 @@ def _fetch(source: RemoteData, folder: str, final: str, progress: ProgressCallba
     partial = os.path.join(folder, partial_name(final))
     with locked(partial):
         if is_taken(final):
-            held = take_snapshot(final, progress=progress)
-            return _reuse(source.ref, final, source.problem(held))
+            return _compare(source, final, progress)
         _check_replaceable(final, source.ref)
         received = download(source, partial, progress)
         if not received.files and not source.may_be_empty:
@@ -142,7 +149,9 @@ def _fetch(source: RemoteData, folder: str, final: str, progress: ProgressCallba
             )
         if source.ref.is_dir:
             os.chmod(partial, mode_for(final))
-        rename(whole, final)
+            rename(whole, final)
+        elif not put_file(whole, final):  # something else has put a file there meanwhile
+            return _compare(source, final, progress)
     _log.info(
         "Materialized %s (%s) in %.1f s at %s: %s",
         format_files(received.files),

@@ -111,6 +111,17 @@ def rename(source: str, final: str) -> None:
         raise
 
 
+def put_file(source: str, final: str) -> bool:
+    """Give a file the name `final`, unless that is taken; return whether it was free."""
+    try:
+        os.link(source, final)
+    except FileExistsError:
+        return False
+    except OSError:  # there are file systems without hard links
+        rename(source, final)
+    return True
+
+
 def mount_point(path: str) -> InvalidInputError:
     """Return the error to raise for a destination that is a mount point."""
     return InvalidInputError(
