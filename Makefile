@@ -27,11 +27,13 @@ INSTALLS_docs := --group docs
 # Tests that need no Airflow, and those of them that depend on versions of what core is built on.
 CORE_TESTS := tests/core tests/faults tests/testing
 WIRE_TESTS := tests/core/test_store.py tests/core/test_transport.py tests/faults/test_wire.py tests/testing/test_clients.py
+# Tests of what differs between systems: files, folders and locks.
+PORTABLE_TESTS := tests/core/test_hashing.py tests/core/test_index.py tests/core/test_destination.py tests/core/test_materialize.py tests/core/test_platforms.py
 # An idle process takes tests over from the other one; `PYTEST=pytest` makes it one process.
 PYTEST := pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-quick test-all $(AIRFLOWS:%=test-%) test-composer $(IMAGES:%=test-%) test-kinetic test-light test-cloud $(PYTHONS:%=test-python-%) lint docs lowest dist bench constraints $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench constraints-kinetic constraints-core constraints-docs clean
+.PHONY: help demo test coverage test-quick test-all $(AIRFLOWS:%=test-%) test-composer $(IMAGES:%=test-%) test-kinetic test-light test-without-linux test-cloud $(PYTHONS:%=test-python-%) lint docs lowest dist bench constraints $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench constraints-kinetic constraints-core constraints-docs clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -42,12 +44,12 @@ demo: $(VENV)/.installed ## train three times through Airflow: a miss, a hit, a 
 	@$(VENV)/bin/python scripts/demo.py --dir $(DEMO_DIR)
 
 test: $(VENV)/.installed ## run the whole test suite on the newest Airflow
+	@$(VENV)/bin/python -m $(PYTEST) $(PYTEST_ARGS)
+
+coverage: $(VENV)/.installed ## the same, and show which lines of the package it did not run
 	@rm -f .coverage .coverage.*
 	@$(VENV)/bin/python -m coverage run -m $(PYTEST) $(PYTEST_ARGS)
 	@$(VENV)/bin/python -m coverage combine --quiet
-	@echo "$$($(VENV)/bin/python -m coverage report --format total) % of the package was run; make coverage shows the rest"
-
-coverage: $(VENV)/.uv ## show what the last `make test` did not run
 	@$(VENV)/bin/python -m coverage report
 
 test-quick: $(VENV)/.installed ## run what takes no seconds: no process of Airflow's, no kills
@@ -76,6 +78,9 @@ test-light: $(VENV)/.installed $(VENV)-light/.installed ## check the wheel with 
 	@$(UV) pip check --python $(VENV)/bin/python
 	@$(UV) pip check --python $(VENV)-light/bin/python
 	@env -u PYTHONPATH $(VENV)-light/bin/python scripts/check_light_install.py
+
+test-without-linux: $(VENV)/.installed ## run core's tests without what only Linux has, as on macOS
+	@PYTHONPATH=tests/without_linux $(VENV)/bin/python -m $(PYTEST) $(PORTABLE_TESTS) $(PYTEST_ARGS)
 
 test-cloud: $(VENV)/.installed ## run against real Cloud Storage: KERAS_REMOTE_TEST_BUCKET=gs://BUCKET make test-cloud
 	@$(VENV)/bin/python -m pytest tests/cloud -rs $(PYTEST_ARGS)
