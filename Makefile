@@ -1,4 +1,4 @@
-# Only python3 (3.11 or newer) has to be there. Everything else goes into virtual environments in
+# Needs Python 3.11, 3.12 or 3.13, and a network. Everything else goes into virtual environments in
 # this folder; uv installs them in seconds where plain pip takes minutes to resolve Airflow.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ AIRFLOWS := 2.11 3.1 3.2 3.3
 # Airflow 3.2 itself sets no such bounds; its API does not work with newer ones.
 BOUNDS_3.2 := 'fastapi<0.137' 'svcs<26'
 NEWEST := $(lastword $(AIRFLOWS))
-# What Cloud Composer ships, as far as it is known: see the files in constraints/.
+# The versions in Cloud Composer's images, as far as they are known: see the files in constraints/.
 IMAGES := composer-2.11 composer-3.1
 PYTHONS := 3.12 3.13
 UV = UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv
@@ -52,19 +52,19 @@ coverage: $(VENV)/.installed ## the same, and show which lines of the package it
 	@$(VENV)/bin/python -m coverage combine --quiet
 	@$(VENV)/bin/python -m coverage report
 
-test-quick: $(VENV)/.installed ## run what takes no seconds: no process of Airflow's, no kills
+test-quick: $(VENV)/.installed ## run the tests that don't start Airflow and aren't marked slow
 	@$(VENV)/bin/python -m $(PYTEST) -m 'not starts_airflow and not slow' $(PYTEST_ARGS)
 
-test-all: test $(AIRFLOWS:%=test-%) ## and on Airflow 2.11, 3.1 and 3.2 what depends on it
+test-all: test $(AIRFLOWS:%=test-%) ## run `make test`, and the tests that depend on Airflow on 2.11, 3.1 and 3.2
 
-test-composer: $(IMAGES:%=test-%) ## the same with the versions of Cloud Composer's images
+test-composer: $(IMAGES:%=test-%) ## run the tests that depend on Airflow with the versions in Cloud Composer's images
 
 test-$(NEWEST): test
 
 $(patsubst %,test-%,$(filter-out $(NEWEST),$(AIRFLOWS)) $(IMAGES)): test-%: $(VENV)-%/.installed
 	@$(VENV)-$*/bin/python -m $(PYTEST) -m airflow $(PYTEST_ARGS)
 
-lowest: $(VENV)-lowest/.installed ## the same, and core's requests, with the lowest versions pyproject.toml allows
+lowest: $(VENV)-lowest/.installed ## run the tests that depend on versions with the lowest ones that pyproject.toml allows
 	@$(VENV)-lowest/bin/python -m $(PYTEST) -m airflow $(PYTEST_ARGS)
 	@$(VENV)-lowest/bin/python -m $(PYTEST) $(WIRE_TESTS) $(PYTEST_ARGS)
 
@@ -79,13 +79,13 @@ test-light: $(VENV)/.installed $(VENV)-light/.installed ## check the wheel with 
 	@$(UV) pip check --python $(VENV)-light/bin/python
 	@env -u PYTHONPATH $(VENV)-light/bin/python scripts/check_light_install.py
 
-test-without-linux: $(VENV)/.installed ## run core's tests without what only Linux has, as on macOS
+test-without-linux: $(VENV)/.installed ## run core's tests without the functions that only Linux has, as on macOS
 	@PYTHONPATH=tests/without_linux $(VENV)/bin/python -m $(PYTEST) $(PORTABLE_TESTS) $(PYTEST_ARGS)
 
 test-cloud: $(VENV)/.installed ## run against real Cloud Storage: KERAS_REMOTE_TEST_BUCKET=gs://BUCKET make test-cloud
 	@$(VENV)/bin/python -m pytest tests/cloud -rs $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed ## ruff, mypy, the arrows between the rooms, what tests may replace
+lint: $(VENV)/.installed ## ruff, mypy, the imports between the packages, what tests may patch
 	@$(VENV)/bin/python -m ruff check
 	@$(VENV)/bin/python -m ruff format --check
 	@$(VENV)/bin/python -m mypy
@@ -146,7 +146,7 @@ $(VENV)/.installed: $(VENV)/.uv pyproject.toml constraints/airflow-$(NEWEST).txt
 	@touch $@
 
 $(VENV)-bench/.installed: $(VENV)/.uv pyproject.toml constraints/bench.txt
-	@echo "Installing everybody who is measured into $(VENV)-bench ..."
+	@echo "Installing the clients that are measured into $(VENV)-bench ..."
 	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-bench
 	@$(UV) pip install --quiet --python $(VENV)-bench/bin/python --constraint constraints/bench.txt $(BENCHED)
 	@touch $@
