@@ -38,7 +38,7 @@ PYTEST := pytest -n 2 --dist worksteal
 .DELETE_ON_ERROR:
 
 help: ## list these targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-25s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed ## train three times through Airflow: a miss, a hit, a changed image
 	@$(VENV)/bin/python scripts/demo.py --dir $(DEMO_DIR)
@@ -64,7 +64,7 @@ test-$(NEWEST): test
 $(patsubst %,test-%,$(filter-out $(NEWEST),$(AIRFLOWS)) $(IMAGES)): test-%: $(VENV)-%/.installed
 	@$(VENV)-$*/bin/python -m $(PYTEST) -m airflow $(PYTEST_ARGS)
 
-lowest: $(VENV)-lowest/.installed ## run the tests that depend on versions with the lowest ones that pyproject.toml allows
+lowest: $(VENV)-lowest/.installed ## run the tests that depend on versions, with the lowest that pyproject.toml allows
 	@$(VENV)-lowest/bin/python -m $(PYTEST) -m airflow $(PYTEST_ARGS)
 	@$(VENV)-lowest/bin/python -m $(PYTEST) $(WIRE_TESTS) $(PYTEST_ARGS)
 
