@@ -5,6 +5,9 @@
 The setup task writes the splits into a scratch folder. The teardown task removes the folder, even
 if uploads failed. The datasets stay on Cloud Storage, and a second run finds all three.
 
+`describe` could take the refs from `upload`, because after an upload the dataset is there. `wait`
+is in between to show a mapped sensor.
+
 Params that are left empty come from the Airflow variables keras_remote_bucket (which has no
 default) and keras_remote_namespace ("default"). The scratch folder is on the worker. If there are
 several workers, set keras_remote_data_dir to a folder that they share.
@@ -76,7 +79,8 @@ def upload_many():
         poke_interval=10,
         timeout=600,
     ).expand(data_ref=upload.output)
-    # The setup's own output, as the teardown's argument, pairs the two; the uploads are in between.
+    # `folders`, the output of the setup task, is an argument of the teardown task: this makes the
+    # two a pair. The uploads run in between.
     describe(folders, wait.output) >> remove_splits(folders)
 
 

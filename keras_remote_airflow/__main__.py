@@ -83,7 +83,7 @@ def _add_get(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument(
         "--user-project",
         metavar="ID",
-        help="project that is billed for the requests, for a bucket whose requesters pay",
+        help="project to bill, if the bucket uses Requester Pays",
     )
     parser.set_defaults(run=_get)
 

@@ -8,8 +8,8 @@ Every operator, sensor and decorator takes these three, all of them templated:
                          roles/storage.objectCreator too.
     impersonation_chain  service account to impersonate, or a chain of them whose last one is
                          impersonated; None leaves that to the connection.
-    user_project         id of the project that pays for the requests, for a bucket whose requester
-                         pays; None lets the bucket's own project pay.
+    user_project         id of the project to bill, if the bucket uses Requester Pays; None bills
+                         the bucket's own project.
 """
 
 from collections.abc import Sequence

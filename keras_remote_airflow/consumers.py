@@ -109,7 +109,7 @@ def materialize_pod_kwargs(
         startup_timeout_seconds: seconds that the pod may take to start once it is scheduled, all
             downloads included; None keeps what `add_to` says, else 3600 (the operator's own default
             is 120).
-        user_project: id of the project that pays for the download's requests, see `connection`.
+        user_project: id of the project to bill for the download, see `connection`.
         add_to: as for `gcsfuse_pod_kwargs`.
 
     Returns:
@@ -162,7 +162,7 @@ def vertex_command_kwargs(
         materialize_at: absolute path in the container that becomes the dataset, downloaded and
             verified before the command is run (the image needs `sh` and this package); None
             reads it through the mount at /gcs, unverified.
-        user_project: id of the project that pays for the download's requests, see `connection`;
+        user_project: id of the project to bill for the download, see `connection`;
             only with `materialize_at`.
 
     Returns:

@@ -36,8 +36,8 @@ def open_bucket(
             from the environment (application default credentials, `STORAGE_EMULATOR_HOST`).
         project: project id for a client made here; None takes the environment's.
         retry: when to retry; None takes the defaults.
-        user_project: id of the project that is billed for the requests, for a bucket whose
-            requester pays; None bills the bucket's owner.
+        user_project: id of the project to bill, if the bucket uses Requester Pays; None bills the
+            bucket's own project.
     """
     from keras_remote_airflow.core.cloud.credentials import is_outage
     from keras_remote_airflow.core.cloud.gcs import GcsStore

@@ -61,8 +61,8 @@ class Transport:
     Args:
         client: the google.cloud.storage.Client whose credentials and endpoint to use.
         policy: when to retry.
-        user_project: id of the project that is billed for the requests, for a bucket whose
-            requester pays (https://cloud.google.com/storage/docs/requester-pays); None bills the
+        user_project: id of the project to bill, if the bucket uses Requester Pays
+            (https://cloud.google.com/storage/docs/requester-pays); None bills the
             bucket's owner.
         limiter: how many requests may be in flight; None takes the defaults.
     """

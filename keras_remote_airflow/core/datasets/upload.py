@@ -122,7 +122,7 @@ def upload_data(
             `RetryPolicy`.
         hash_index: local file that remembers the hashes of unchanged files, see `core.disk.index`;
             None takes the environment's `KERAS_REMOTE_HASH_INDEX`, or reads every file.
-        user_project: project that is billed for the requests, for a bucket whose requesters pay.
+        user_project: id of the project to bill, if the bucket uses Requester Pays.
         progress: called with a `core.progress.ProgressUpdate` at most every 0.1 s and at the end of
             hashing, uploading or downloading; None logs a line at most every 30 s.
 
