@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from keras_remote_airflow.core.datasets.materialize import materialize
 from keras_remote_airflow.core.errors import PERMANENT_ERRORS, InvalidInputError, KerasRemoteError
@@ -36,6 +37,8 @@ One argument alone is DEST if it begins with /, ./, ../ or ~, else it is A.
 """
 # What tells a local path from every spelling of a dataset.
 _LOCAL_PATH = re.compile(r"/|~|\.\.?(/|$)")
+# What may be the name of a destination, and is neither JSON nor a URI.
+_NAME = re.compile(r"[\w.][\w./-]{,199}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,19 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     _add_get(parser.add_subparsers(metavar="COMMAND", required=True))
-    # argparse stops collecting positional arguments at the first option behind one; those that
-    # follow are returned as `rest`.
+    # What no argument of the command takes is `rest`, for the command to use or to refuse.
     args, rest = parser.parse_known_args(argv)
-    args.places += rest
-    if len(args.places) > 2 or any(re.match("-.", place) for place in rest):
-        parser.error(f"unrecognized arguments: {' '.join(args.places[2:] or rest)}")
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     # The kernel ignores a SIGTERM for a container's first process unless that handles it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     try:
-        print(args.run(args))
+        print(args.run(args, rest))
     except PERMANENT_ERRORS as exc:
         return _fail(2, exc)
     except (KerasRemoteError, OSError) as exc:
@@ -85,11 +84,16 @@ def _add_get(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         metavar="ID",
         help="project to bill, if the bucket uses Requester Pays",
     )
-    parser.set_defaults(run=_get)
+    parser.set_defaults(run=partial(_get, parser))
 
 
-def _get(args: argparse.Namespace) -> str:
-    a, dest = _split(args.places)
+def _get(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> str:
+    # argparse stops collecting positional arguments at the first option behind one: those that
+    # follow are in `rest`.
+    places = args.places + rest
+    if len(places) > 2 or any(re.match("-.", place) for place in rest):
+        parser.error(f"unrecognized arguments: {' '.join(places[2:] or rest)}")
+    a, dest = _split(places)
     return materialize(
         _read_ref(a, is_dir=args.dir, is_file=args.file),
         dest,
@@ -114,10 +118,15 @@ def _read_ref(a: str | None, *, is_dir: bool, is_file: bool) -> DataRef:
     if not text.startswith("gs://"):
         if is_dir or is_file:
             raise InvalidInputError("--dir and --file are for gs:// URIs: a data ref says itself")
+        if a and _NAME.fullmatch(a):
+            raise InvalidInputError(
+                f"not a data ref: {a!r}. If it is the destination, write ./{a}, else pass a ref "
+                "or a gs:// URI."
+            )
         return parse_data_ref(text)
     if not (is_dir or is_file or text.endswith("/")):
         raise InvalidInputError(
-            f"{text} may be a directory or a single file: pass --dir or --file, or end it with /"
+            f"pass --dir or --file, or end the URI with / for a directory: {text}"
         )
     return DataRef(text, is_dir=not is_file)
 

@@ -37,6 +37,7 @@ RESERVED_NAME = ".cache_marker"
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _CACHE_NAME = re.compile(r"(?P<namespace>.+)/data-cache/(?P<content_hash>[0-9a-f]{64})/?")
+_CUT_NAME = re.compile(r".+/data-cache(/(?P<digits>[0-9a-f]*)/?)?")
 # https://cloud.google.com/storage/docs/buckets#naming
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 # What no relative path may hold: an empty, "." or ".." component, a drive letter, CR, LF. It is
@@ -126,6 +127,17 @@ def cache_key_from_uri(gcs_uri: str, layout: Layout = KERAS_REMOTE) -> CacheKey 
     bucket, name = split_gcs_uri(gcs_uri)
     match = _CACHE_NAME.fullmatch(name)
     return CacheKey(bucket, match["namespace"], match["content_hash"], layout) if match else None
+
+
+def check_not_cut(gcs_uri: str) -> None:
+    """Raise InvalidInputError for the URI of a cache without its content hash, or a part of it."""
+    _, name = split_gcs_uri(gcs_uri)
+    cut = _CUT_NAME.fullmatch(name)
+    if cut and not _CACHE_NAME.fullmatch(name):
+        raise InvalidInputError(
+            "the URI is cut short: …/data-cache/ must be followed by the 64 hex digits of a "
+            f"content hash, found {len(cut['digits'] or '')}: {gcs_uri}. Pass the whole ref."
+        )
 
 
 def split_gcs_uri(gcs_uri: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ Refs of layout "kinetic" also carry what keras-kinetic's runner reads (its 0.0.4
 
     {"uri": <the same URI>, "fuse": False, "hf_trust_remote_code": False}
 
-and refs that have only `uri`, as kinetic itself makes them, are understood.
+Refs with only `uri`, as keras-kinetic makes them, are accepted too.
 
 Inside this package a ref is a `DataRef`, which `parse_data_ref` makes of a dict or a text.
 """
@@ -26,6 +26,7 @@ from keras_remote_airflow.core.layout import (
     CacheKey,
     Layout,
     cache_key_from_uri,
+    check_not_cut,
     split_gcs_uri,
 )
 
@@ -36,6 +37,7 @@ _FLAG = "__data_ref__"
 # The longest ref has an object name (1,024 bytes) and a path (4,096 bytes on Linux). Hostile text
 # above this length never reaches the parsers.
 _MAX_CHARACTERS = 64 * 1024
+_REMEDY = "Pass the ref as the upload pushed it, or make one with make_data_ref(uri, is_dir)."
 
 
 def make_data_ref(gcs_uri: str, is_dir: bool, mount_path: str | None = None) -> dict[str, Any]:
@@ -67,7 +69,8 @@ class DataRef:
         object_name: what follows the bucket in `gcs_uri`: the name of an object, or a prefix.
 
     Raises:
-        InvalidInputError: `gcs_uri` is not the URI of something on Cloud Storage.
+        InvalidInputError: `gcs_uri` is not the URI of something on Cloud Storage, or is that of a
+            cache without the whole content hash.
     """
 
     gcs_uri: str
@@ -79,6 +82,7 @@ class DataRef:
 
     def __post_init__(self) -> None:
         bucket, name = split_gcs_uri(self.gcs_uri)
+        check_not_cut(self.gcs_uri)
         object.__setattr__(self, "bucket", bucket)  # the way to set a field of a frozen dataclass
         object.__setattr__(self, "object_name", name)
 
@@ -113,28 +117,34 @@ def parse_data_ref(value: object) -> DataRef:
     """
     if isinstance(value, DataRef):
         return value
+    if isinstance(value, str) and value.startswith("gs://"):
+        raise InvalidInputError(
+            f"a URI alone is not a data ref: {_shorten(value)}. Make one with "
+            "make_data_ref(uri, is_dir)."
+        )
     fields = _parse_text(value) if isinstance(value, str) else value
     if not isinstance(fields, dict) or not is_data_ref(fields):
-        hint = ""
-        if isinstance(value, str) and value.startswith("gs://"):
-            hint = ". A URI alone does not say enough: make_data_ref(uri, is_dir) makes a ref"
         raise InvalidInputError(
             f"not a data ref: {_shorten(value)}; expected the dict that DataUploadOperator and "
-            f'CacheSensor push, with "__data_ref__": true, or its text{hint}'
+            'CacheSensor push, with "__data_ref__": true, or its text'
         )
     gcs_uri = fields.get("gcs_uri", fields.get("uri"))
     is_dir, mount_path = fields.get("is_dir"), fields.get("mount_path")
     if not isinstance(gcs_uri, str):
         raise InvalidInputError(
-            f"data ref without a gcs_uri: expected a gs:// URI there, found {_shorten(value)}"
+            f"data ref without a gcs_uri: expected a gs:// URI there, found {_shorten(value)}. "
+            f"{_REMEDY}"
         )
     if not isinstance(is_dir, bool):
         raise InvalidInputError(
-            f"data ref whose is_dir is not true or false: found {_shorten(value)}"
+            "data ref whose is_dir "
+            + ("is not true or false" if "is_dir" in fields else "is missing")
+            + f": found {_shorten(value)}. {_REMEDY}"
         )
     if mount_path is not None and not isinstance(mount_path, str):
         raise InvalidInputError(
-            f"data ref whose mount_path is neither a string nor null: found {_shorten(value)}"
+            f"data ref whose mount_path is neither a string nor null: found {_shorten(value)}. "
+            f"{_REMEDY}"
         )
     return DataRef(gcs_uri, is_dir, mount_path, KINETIC if "uri" in fields else KERAS_REMOTE)
 
@@ -142,14 +152,19 @@ def parse_data_ref(value: object) -> DataRef:
 def _parse_text(text: str) -> object:
     if len(text) > _MAX_CHARACTERS:
         raise InvalidInputError(
-            f"not a data ref: text of {len(text)} characters, expected at most {_MAX_CHARACTERS}"
+            f"not a data ref: text of {len(text)} characters, expected at most {_MAX_CHARACTERS}. "
+            "Pass a ref, not the data."
         )
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
-    return None
+    raise InvalidInputError(
+        f"data ref is neither JSON nor a Python dict ({len(text)} characters; cut short, or badly "
+        f"quoted?): {_shorten(text)}. Pass it whole, for instance "
+        "{{ ti.xcom_pull('upload') | tojson }}"
+    )
 
 
 def _shorten(value: object) -> str:

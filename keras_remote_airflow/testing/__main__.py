@@ -1,6 +1,7 @@
 """`python -m keras_remote_airflow.testing`: run the local Cloud Storage server."""
 
 import argparse
+import errno
 import signal
 import sys
 import threading
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         server.start()
     except (ApiError, OSError) as exc:
-        print(f"cannot start: {exc}", file=sys.stderr)
+        taken = isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE
+        hint = ": choose another --port, or 0 for any free one" if taken else ""
+        print(f"cannot start: {exc}{hint}", file=sys.stderr)
         return 1
     print(f"export STORAGE_EMULATOR_HOST={server.url}", flush=True)
     stop = threading.Event()

@@ -367,7 +367,7 @@ def test_the_task_depends_on_the_upload(make):
         (lambda: gcsfuse_pod_kwargs(REF, "/d", name="Data"), "invalid name 'Data'"),
         (lambda: gcsfuse_pod_kwargs(REF, "/d", name="a" * 33), "invalid name"),
         (lambda: gcsfuse_pod_kwargs(3, "/d"), "upload is a int"),
-        (lambda: gcsfuse_pod_kwargs("{{ ti }}", "/d"), "not a data ref"),
+        (lambda: gcsfuse_pod_kwargs("{{ ti }}", "/d"), "neither JSON nor"),
         (
             lambda: gcsfuse_pod_kwargs(REF, "/d", add_to=gcsfuse_pod_kwargs(REF, "/d")),
             "has a dataset named 'data' already",

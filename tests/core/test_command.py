@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -222,3 +223,34 @@ def test_no_credentials_are_exit_code_1(monkeypatch, tmp_path):
     assert last.startswith("error: "), done.stderr
     assert "credentials" in last
     assert "Traceback" not in done.stderr
+
+
+def test_word_that_is_no_dataset_may_be_meant_as_the_destination(get, ref):
+    done = get("data2", ref=json.dumps(ref))
+    assert done.returncode == 2
+    assert "write ./data2" in done.stderr
+
+
+def test_taken_destination_that_is_no_dataset_is_named_as_such(get, ref, tmp_path):
+    dest = tmp_path / "dest"
+    dest.mkdir()
+    os.mkfifo(dest / "pipe")
+    done = get(json.dumps(ref), dest)
+    assert done.returncode == 2
+    assert re.search(rf"destination is taken.*FIFO.*: {dest}\. Choose another", done.stderr)
+
+
+def test_bucket_that_does_not_exist_is_named(get, ref, gcs_bucket, tmp_path):
+    uri = ref["gcs_uri"].replace(gcs_bucket, "no-such-bucket")
+    done = get(uri, tmp_path / "dest", "--dir")
+    assert done.returncode == 1
+    assert "bucket no-such-bucket does not exist" in done.stderr
+
+
+def test_destination_that_cannot_be_written_is_named_by_its_own_path(get, ref, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    dest = tmp_path / "file" / "sub" / "dest"
+    done = get(json.dumps(ref), dest)
+    assert done.returncode == 1
+    assert f"cannot write beside {dest}: " in done.stderr
+    assert ".partial" not in done.stderr

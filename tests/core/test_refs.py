@@ -246,3 +246,29 @@ def test_nesting_that_no_text_could_spell_is_refused_too():
 def test_a_bare_uri_is_told_how_to_become_a_ref():
     with pytest.raises(InvalidInputError, match=r"make_data_ref\(uri, is_dir\)"):
         parse_data_ref("gs://bucket/default/data-cache/x")
+
+
+@pytest.mark.parametrize("cut", ["", "/", "/" + HASH[:60], f"/{HASH}0", "/abc/"])
+@pytest.mark.parametrize("is_dir", [True, False])
+def test_uri_of_a_cache_without_the_whole_hash_is_refused(cut, is_dir):
+    digits = len(cut.strip("/"))
+    with pytest.raises(InvalidInputError, match=rf"cut short.*64.* {digits}\b.*data-cache"):
+        DataRef(f"gs://bucket/team/a/data-cache{cut}", is_dir)
+
+
+@pytest.mark.parametrize(
+    "name", [f"default/data-cache/{HASH}/train.csv", "raw/data-cache/images/", "raw/data-cache.csv"]
+)
+def test_other_data_beside_or_below_a_data_cache_is_plain_data(name):
+    assert DataRef(f"gs://bucket/{name}", is_dir=False).cache_key is None
+
+
+def test_text_that_is_cut_short_is_told_so():
+    text = json.dumps(make_data_ref(URI, is_dir=True))[:-10]
+    with pytest.raises(InvalidInputError, match=rf"neither JSON nor.*\b{len(text)} characters"):
+        parse_data_ref(text)
+
+
+def test_ref_without_is_dir_is_told_so():
+    with pytest.raises(InvalidInputError, match="is_dir is missing"):
+        parse_data_ref({"__data_ref__": True, "gcs_uri": URI})

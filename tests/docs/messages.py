@@ -22,11 +22,14 @@ _RAISERS = {name for name in vars(errors) if name.endswith("Error")} | {
     "AirflowSkipException",
     "BlockingIOError",
     "ImportError",
+    "OSError",
     "RefusedError",
     "SystemExit",
     "_wrong",
     "warning",
 }
+# Errors of the system have their number first.
+_NUMBERED = {"BlockingIOError", "OSError"}
 
 # Texts that end a message and stand in another place than where it is raised.
 ENDINGS = {
@@ -60,8 +63,7 @@ def read_messages() -> dict[str, str]:
 
 def _messages_in(node: ast.AST) -> list[ast.expr]:
     if isinstance(node, ast.Call) and node.args and _name(node.func) in _RAISERS:
-        # Errors of the system have their number first.
-        return [node.args[1 if _name(node.func) == "BlockingIOError" else 0]]
+        return [node.args[_name(node.func) in _NUMBERED and len(node.args) > 1]]
     if isinstance(node, ast.FunctionDef) and node.name in _RETURNED_BY:
         returns = [inner for inner in ast.walk(node) if isinstance(inner, ast.Return)]
         return [

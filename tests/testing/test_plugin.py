@@ -101,6 +101,14 @@ def test_the_command_says_what_is_wrong(options: list[str]) -> None:
     assert done.stderr.startswith("cannot start: ")
 
 
+def test_the_command_says_what_to_do_about_a_port_in_use() -> None:
+    with StorageServer() as first:
+        command = [sys.executable, "-m", "keras_remote_airflow.testing", "--port", str(first.port)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "choose another --port, or 0" in done.stderr
+
+
 def test_a_port_in_use_is_an_error_not_a_hang() -> None:
     with StorageServer() as first, pytest.raises(OSError):
         StorageServer(port=first.port).start()

@@ -100,11 +100,7 @@ class GcsStore:
         status, body = self._run(f"reading {self._uri(name)}", attempt)
         if status == 200:
             return body
-        # Cloud Storage tells a missing bucket from a missing object by its words alone.
-        if b"bucket does not exist" in body:
-            raise StoreError(
-                f"bucket {self.bucket} does not exist: check its name, or create it.", status=404
-            )
+        self._check_bucket(body)
         return None
 
     def list_page(self, prefix: str, token: str | None = None) -> Page:
@@ -115,15 +111,28 @@ class GcsStore:
         }
 
         async def attempt() -> Page:
-            _, _, body = await self._transport.exchange(
-                "GET", f"{self._objects}?{urlencode(query)}"
+            status, _, body = await self._transport.exchange(
+                "GET", f"{self._objects}?{urlencode(query)}", expected=(200, 404)
             )
+            if status == 404:
+                self._check_bucket(body)
+                raise failure(status, body)
             with _understanding(body):
                 page = json.loads(body)
                 items = [_info(item) for item in page.get("items", ())]
                 return Page(items, page.get("nextPageToken"))
 
         return self._run(f"listing {self._uri(prefix)}", attempt)
+
+    def _check_bucket(self, body: bytes) -> None:
+        """Raise StoreError if this is the body of the 404 for a missing bucket.
+
+        Cloud Storage tells it from a missing object by its words alone.
+        """
+        if b"bucket does not exist" in body:
+            raise StoreError(
+                f"bucket {self.bucket} does not exist: check its name, or create it.", status=404
+            )
 
     def create(self, name: str, content: bytes) -> bool:
         declared = {"name": name, "crc32c": encode_crc32c(google_crc32c.value(content))}

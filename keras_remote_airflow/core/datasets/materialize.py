@@ -9,6 +9,7 @@ they are what the ref names. Readers of the destination see either nothing or th
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -27,6 +28,7 @@ from keras_remote_airflow.core.disk.destination import (
     put_file,
     rename,
 )
+from keras_remote_airflow.core.disk.snapshot import Snapshot
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError
 from keras_remote_airflow.core.layout import check_relative_paths
 from keras_remote_airflow.core.progress import (
@@ -79,8 +81,6 @@ def materialize(
         StoreError: Cloud Storage refused, or kept failing until the deadline (120 s).
         OSError: the destination cannot be written, or the disk is full.
     """
-    from keras_remote_airflow.core.disk.hashing import take_snapshot
-
     ref = parse_data_ref(ref)
     key = ref.cache_key
     target = os.path.expanduser(dest) if dest else ref.mount_path
@@ -90,7 +90,7 @@ def materialize(
         target = check_dest(target)
     held = None
     if key and ref.is_dir and target and is_taken(target):
-        held = take_snapshot(target, progress=progress)
+        held = _snapshot_of_dest(target, progress)
         if held.content_hash == key.content_hash:  # needs no network
             return _reuse(ref, target, None)
     with open_bucket(ref.bucket, client, project, retry, user_project) as store:
@@ -116,18 +116,48 @@ def _reuse(ref: DataRef, final: str, problem: str | None) -> str:
 
 def _compare(source: RemoteData, final: str, progress: ProgressCallback | None) -> str:
     """Return `final` if what is there is the data; raise InvalidInputError if it is not."""
+    return _reuse(source.ref, final, source.problem(_snapshot_of_dest(final, progress)))
+
+
+def _snapshot_of_dest(final: str, progress: ProgressCallback | None) -> Snapshot:
+    """Read what is at the destination; raise InvalidInputError if that cannot be a dataset."""
     from keras_remote_airflow.core.disk.hashing import take_snapshot
 
-    return _reuse(source.ref, final, source.problem(take_snapshot(final, progress=progress)))
+    try:
+        return take_snapshot(final, progress=progress)
+    except InvalidInputError as exc:
+        # The last sentence tells how to mend data that is to be uploaded.
+        reason = str(exc).rpartition(". ")[0] or str(exc)
+        raise InvalidInputError(
+            f"destination is taken, and cannot be compared with the dataset ({reason}): {final}. "
+            "Choose another dest, or empty this one."
+        ) from exc
+
+
+@contextmanager
+def _partial_directory(folder: str, final: str) -> Iterator[str]:
+    """Own a temporary directory in `folder`, see `core.disk.destination.locked`."""
+    partial = os.path.join(folder, partial_name(final))
+    with ExitStack() as stack:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            stack.enter_context(locked(partial))
+        except BlockingIOError:  # it says what to do
+            raise
+        except OSError as exc:  # it names a path that the caller never gave
+            raise OSError(
+                exc.errno,
+                f"cannot write beside {final}: {exc.strerror}. Choose a dest whose parent "
+                "directory is writable",
+            ) from exc
+        yield partial
 
 
 def _fetch(source: RemoteData, folder: str, final: str, progress: ProgressCallback | None) -> str:
     """Fill `final` through a temporary directory in `folder`, which is on the same file system."""
     from keras_remote_airflow.core.disk.hashing import take_snapshot
 
-    os.makedirs(folder, exist_ok=True)
-    partial = os.path.join(folder, partial_name(final))
-    with locked(partial):
+    with _partial_directory(folder, final) as partial:
         if is_taken(final):
             return _compare(source, final, progress)
         _check_replaceable(final, source.ref)

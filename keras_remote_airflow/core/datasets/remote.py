@@ -52,23 +52,27 @@ class RemoteData:
         return ((os.path.basename(name).encode(), o) for o in page.objects if o.name == name)
 
     def single_name(self) -> str:
-        """Return the name of the one file behind the ref; raise IntegrityError unless it is one."""
-        found = list(islice(self.objects(), 2))
-        if len(found) != 1:
+        """Return the name of the one file behind the ref.
+
+        Raises:
+            InvalidInputError: there are several files, or one in a folder: a directory.
+            IntegrityError: there is none.
+        """
+        found = [path for path, _ in islice(self.objects(), 2)]
+        if not found:
             raise IntegrityError(
-                "the data should be one file, but "
-                + (f"there are several ({found[0][1].name}, …)" if found else "nothing is there")
-                + f": {self.ref.gcs_uri}. Check is_dir in the ref, and whether a lifecycle rule "
-                "deleted the data."
+                f"found no objects, expected one file: {self.ref.gcs_uri}. Check the URI; if a "
+                "lifecycle rule deleted the file, have the data uploaded again."
             )
-        path = found[0][0]
-        check_relative_paths([path], "")
-        if b"/" in path:
-            raise IntegrityError(
-                f"the data should be one file, but is {path.decode()}: {self.ref.gcs_uri}. Check "
-                "is_dir in the ref."
+        check_relative_paths(found, "")
+        path = found[0].decode()
+        if len(found) > 1 or "/" in path:
+            several = "several objects" if len(found) > 1 else "an object in a folder"
+            raise InvalidInputError(
+                f"the ref says is_dir=False, but found {several} ({path}): {self.ref.gcs_uri}. "
+                "Correct the ref, or remove what does not belong there."
             )
-        return path.decode()
+        return path
 
     def fingerprint(self) -> str:
         """Return a hash of the names and generations of the objects that are there now."""

@@ -52,14 +52,15 @@ APPLICATION_ID = 0x4B524958
 FORMAT_VERSION = 1
 _BLOCK_FILES = 1_000
 _STATE = struct.Struct("=QqqQq")  # size, mtime_ns, ctime_ns, inode, device
-_FILE = struct.Struct("40s36s")  # state; CRC32C and digest
+_KNOWN = struct.Struct("=I32s")  # CRC32C, digest
+_FILE = struct.Struct(f"{_STATE.size}s{_KNOWN.size}s")
 # States above this size are kept in a temporary file until they are saved.
 _STATES_IN_MEMORY_BYTES = 1 << 20
 _SCHEMA = """
     CREATE TABLE blocks (root BLOB, number INTEGER, crc32c INTEGER, paths BLOB, files BLOB,
                          PRIMARY KEY (root, number)) WITHOUT ROWID
 """
-_COUNT_FILES = "SELECT total(length(files)) / 76 FROM blocks WHERE root = ?"
+_COUNT_FILES = "SELECT total(length(files)) / ? FROM blocks WHERE root = ?"
 _READ = "SELECT crc32c, paths, files FROM blocks WHERE root = ? AND number = ?"
 # A block that is stored already is not written again.
 _WRITE = """
@@ -205,7 +206,7 @@ class HashIndex:
             _check_format(db)
         # Reading needs no right to write, but after a crash SQLite has to undo what was half done.
         self._db = self._connect("rw")
-        [[self._known_files]] = self._db.execute(_COUNT_FILES, [self._root]).fetchall()
+        [[self._known_files]] = self._db.execute(_COUNT_FILES, [_FILE.size, self._root]).fetchall()
         self._read_block()
 
     def _connect(self, mode: str) -> sqlite3.Connection:
@@ -254,7 +255,7 @@ class HashIndex:
             *_, ctime_ns, inode, device = _STATE.unpack(self._states.read(_STATE.size))
             if max(file.mtime_ns, ctime_ns) < self._settled_ns:
                 state = _STATE.pack(file.size, file.mtime_ns, ctime_ns, inode, device)
-                known = struct.pack("=I32s", file.crc32c, file.digest)
+                known = _KNOWN.pack(file.crc32c, file.digest)
                 yield file.path.encode(), state + known
 
 
