@@ -205,14 +205,19 @@ def vertex_custom_job_kwargs(
     """
     source = _parse_upload(upload)
     if not isinstance(custom_job, Mapping):
-        raise InvalidInputError(f"custom_job is a {type(custom_job).__name__}; expected a dict")
+        raise InvalidInputError(
+            f"custom_job is a {type(custom_job).__name__}; expected a dict: pass the job that "
+            "CreateCustomJobOperator would get"
+        )
     # Not deepcopy: it would copy the tasks that an earlier call's values are to be filled in from.
     job = _copy_tree(custom_job)
     variables = _vertex_variables(name, materialize_at)
     first = _materialize_first(name, materialize_at, user_project)
     pools = (job.get("job_spec") or {}).get("worker_pool_specs")
     if not pools:
-        raise InvalidInputError("custom_job has no job_spec with worker_pool_specs")
+        raise InvalidInputError(
+            "custom_job has no job_spec with worker_pool_specs: give it one with a container_spec"
+        )
     for number, pool in enumerate(pools):
         spec = pool.get("container_spec") or pool.get("python_package_spec")
         if spec is None:
@@ -220,7 +225,7 @@ def vertex_custom_job_kwargs(
                 continue  # Vertex AI's way to leave a pool out
             raise InvalidInputError(
                 f"worker pool {number} of custom_job has neither a container_spec nor a "
-                "python_package_spec"
+                "python_package_spec: give it one of them"
             )
         env = spec.setdefault("env", [])
         if any(entry["name"] in variables for entry in env):
@@ -294,8 +299,8 @@ class _Pod:
         self.kwargs = dict(kwargs or {})
         if self.kwargs.get("pod_template_file"):
             raise InvalidInputError(
-                "the operator would ignore pod_template_dict for pod_template_file: load the file "
-                "and pass its content as pod_template_dict in add_to"
+                "pod_template_file makes the operator ignore the template this function returns: "
+                "load the file and pass its content as pod_template_dict in add_to"
             )
         template = _copy_tree(self.kwargs.get("pod_template_dict") or {})
         self.kwargs["pod_template_dict"] = template
@@ -323,8 +328,8 @@ class _Pod:
         def mounted(ref: DataRef) -> str:
             if not ref.mount_path or not ref.mount_path.startswith("/"):
                 raise InvalidInputError(
-                    f"mount_path is {ref.mount_path!r}; expected an absolute path, here or in the "
-                    "ref"
+                    f"mount_path is {ref.mount_path!r}; expected an absolute path: pass "
+                    "mount_path, or set it on the upload"
                 )
             return ref.mount_path
 
@@ -369,7 +374,9 @@ def _materialize_first(
     """Return the start of a command that downloads the data before it runs what follows."""
     if not materialize_at:
         if user_project:
-            raise InvalidInputError("user_project is for downloads: it needs materialize_at")
+            raise InvalidInputError(
+                "user_project is for downloads: pass materialize_at too, or leave it out"
+            )
         return []
     path, ref = _variables(name)
     # No $(...): Vertex AI takes it for a reference to an environment variable. The command prints

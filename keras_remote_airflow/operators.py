@@ -137,8 +137,8 @@ class DataUploadOperator(BaseOperator):
             for key, value in fields.items() if self.multiple_outputs else ():
                 push(key=key, value=value)
             raise AirflowSkipException(
-                "Skipping: nothing new, the data is published already. If it was never trained on, "
-                f"clear the task that trains: {result.gcs_uri}"
+                "Skipping: nothing new, the data is published already. To train on it anyway, "
+                f"clear the downstream task: {result.gcs_uri}"
             )
         return fields
 

@@ -258,8 +258,8 @@ class CacheSensor(BaseSensorOperator):
         key = ref.cache_key
         if key is None:
             raise self._wrong(
-                f"data_ref names {ref.gcs_uri}, which no upload publishes: there is nothing to "
-                "wait for"
+                "nothing will publish this data, so there is nothing to wait for: data_ref names "
+                f"{ref.gcs_uri}"
             )
         for name, default, found in (
             ("bucket_name", None, key.bucket),

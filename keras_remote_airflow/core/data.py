@@ -29,13 +29,13 @@ class Data:
         if not isinstance(path, str | os.PathLike):
             raise InvalidInputError(
                 f"data path must be a path or a gs:// URI, found {path!r}. If it comes from a "
-                "template or an XCom, that one is empty"
+                "template or an XCom, is that empty?"
             )
         path = os.fspath(path)
         if not path:
             raise InvalidInputError(
-                "data path must not be empty: expected a local path or a gs:// URI. If it comes "
-                "from a template, that rendered to nothing"
+                "data path must not be empty: expected a local path or a gs:// URI. "
+                "Is the template or XCom empty?"
             )
         self._raw_path = path
         self._path = path
@@ -46,7 +46,10 @@ class Data:
         if not os.path.lexists(self._path):
             hint = "Check the path, and that this machine is the one that has the data."
             if _URI_LIKE.match(path):
-                hint = "If it is meant as a URI, write gs://bucket/name: no other is understood."
+                hint = (
+                    "If it is meant as a URI, write gs://bucket/name: other schemes are not "
+                    "supported."
+                )
             raise DataNotFoundError(
                 f"data path does not exist: {path} (resolved to {self._path}). {hint}"
             )
@@ -92,7 +95,8 @@ class Data:
 
         if self.is_gcs:
             raise InvalidInputError(
-                f"cannot compute a content hash for {self._path}: only local data is hashed"
+                f"only local data is hashed, found {self._path}. Download it first, or pass the "
+                "URI on as it is."
             )
         snapshot = take_snapshot(self._path, hash_index or default_index(), progress=progress)
         return snapshot.content_hash
@@ -110,8 +114,8 @@ def _warn_of_missing_slash(uri: str) -> None:
     last = uri.removeprefix("gs://").rpartition("/")[2]
     if last and "." not in last:
         _log.warning(
-            "%s has neither a trailing slash nor a file extension and is taken for a single "
-            "object. If it is a directory (a prefix), write %s/",
+            "Taken for a single object, because it ends in neither / nor an extension: %s. For a "
+            "directory (a prefix) write %s/",
             uri,
             uri,
         )

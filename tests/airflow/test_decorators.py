@@ -181,7 +181,7 @@ def test_an_unusable_dest_fails_the_task_for_good(call, uploaded, tmp_path):
     taken = tmp_path / "dest" / uploaded["gcs_uri"].rpartition("/")[2]
     taken.mkdir(parents=True)
     (taken / "mine.txt").write_text("precious")
-    with pytest.raises(AirflowFailException, match="holds something other"):
+    with pytest.raises(AirflowFailException, match="holds something else"):
         call(task(lambda path: path, uploaded, dest=str(tmp_path / "dest")))
     assert (taken / "mine.txt").read_text() == "precious"
 

@@ -47,14 +47,20 @@ def _file(name: str | bytes) -> Callable[[Path], None]:
 
 # What to put into a good directory, and what the error must say.
 BAD_CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "FIFO": (lambda root: os.mkfifo(root / "pipe"), r"/sub/pipe is a FIFO"),
+    "FIFO": (lambda root: os.mkfifo(root / "pipe"), r"found a FIFO, .*/sub/pipe"),
     "linked FIFO": (
         lambda root: (os.mkfifo(root.parent / "f"), (root / "link").symlink_to(root.parent / "f")),
-        r"(link|/f) is a FIFO",
+        r"found a FIFO, .*(link|/f)",
     ),
-    "socket": (lambda root: _socket(root / "sock"), r"/sub/sock is a socket"),
-    "device": (lambda root: (root / "null").symlink_to("/dev/null"), r"/sub/null is a device"),
-    "endless device": (lambda r: (r / "zero").symlink_to("/dev/zero"), r"/sub/zero is a device"),
+    "socket": (lambda root: _socket(root / "sock"), r"found a socket, .*/sub/sock"),
+    "device": (
+        lambda root: (root / "null").symlink_to("/dev/null"),
+        r"found a device, .*/sub/null",
+    ),
+    "endless device": (
+        lambda r: (r / "zero").symlink_to("/dev/zero"),
+        r"found a device, .*/sub/zero",
+    ),
     "broken link": (
         lambda root: (root / "broken").symlink_to("gone"),
         r"broken link: .*/sub/broken points to gone",
@@ -71,7 +77,7 @@ BAD_CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "line feed in a folder": (_file("a\nb/c"), r"unsafe relative path 'sub/a\\nb/c'"),
     "long name": (_file("/".join(["d" * 200] * 5)), r"object name too long.*dddd.*1024"),
     "long name in UTF-8": (_file("/".join(["é" * 120] * 4)), r"object name too long.*éééé.*1024"),
-    "marker": (_file("../.cache_marker"), r"/data/\.cache_marker: .*reserved"),
+    "marker": (_file("../.cache_marker"), r"reserved.*/data/\.cache_marker"),
     "drive letter": (_file("../C:/a.csv"), r"unsafe relative path 'C:/a\.csv'"),
     "drive letter alone": (_file("../c:"), r"unsafe relative path 'c:'"),
     "Windows path": (_file("../D:\\a.csv"), r"unsafe relative path 'D:\\\\a\.csv'"),
@@ -98,9 +104,9 @@ def test_the_same_directory_without_them_is_fine(good, gcs_bucket):
 
 SINGLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, r"does not exist: .*/thing"),
-    "FIFO": (os.mkfifo, r"/thing is a FIFO"),
-    "socket": (_socket, r"/thing is a socket"),
-    "device": (lambda path: path.symlink_to("/dev/zero"), r"/thing is a device"),
+    "FIFO": (os.mkfifo, r"found a FIFO, .*/thing"),
+    "socket": (_socket, r"found a socket, .*/thing"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), r"found a device, .*/thing"),
     "broken link": (lambda path: path.symlink_to("gone"), r"broken link: .*/thing points to gone"),
     "link to itself": (lambda path: path.symlink_to(path), r"link: .*/thing"),
 }
@@ -137,7 +143,7 @@ sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" e
 try:
     take_snapshot(sys.argv[1])
 except InvalidInputError as exc:
-    assert "special is a" in str(exc), exc
+    assert "found a" in str(exc) and "special" in str(exc), exc
 else:
     raise AssertionError("it was hashed")
 assert not [path for path in opened if "special" in str(path)], opened

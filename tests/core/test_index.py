@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import sqlite3
 import struct
@@ -269,7 +270,7 @@ def test_an_unusable_index_is_ignored_with_one_line(tree, index, case, caplog):
     assert _hash(tree, index) == expected
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert f"Hash index {index} is ignored" in record.getMessage()
+    assert re.search(rf"hash index is ignored .*{index}", record.getMessage())
     caplog.clear()
     assert _hash(tree, index) == expected
     assert len(caplog.records) == (0 if is_replaced else 1)
@@ -368,14 +369,14 @@ os._exit(0)
 
 @pytest.mark.parametrize("name", ["index", "b/index", "a"])
 def test_an_index_inside_its_own_data_is_refused(tree, name):
-    with pytest.raises(InvalidInputError, match="lies in the data"):
+    with pytest.raises(InvalidInputError, match="inside the data"):
         take_snapshot(str(tree), str(tree / name))
 
 
 def test_an_index_that_a_link_leads_into_the_data_is_refused(tree, tmp_path):
     (tmp_path / "link").symlink_to(tree)
     for data, index in ((tree, tmp_path / "link" / "index"), (tmp_path / "link", tree / "index")):
-        with pytest.raises(InvalidInputError, match="lies in the data"):
+        with pytest.raises(InvalidInputError, match="inside the data"):
             take_snapshot(str(data), str(index))
 
 

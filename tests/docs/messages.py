@@ -14,8 +14,8 @@ from keras_remote_airflow.core import errors
 
 ROOT = Path(keras_remote_airflow.__file__).parent
 # Besides our own classes: those of Airflow and Python that end a task, and the helper that wraps a
-# text into an error. RetryableError is left out: its text only ever shows inside "kept failing". A
-# RefusedError shows behind the name of what was refused.
+# text into an error. RetryableError is left out: its text only ever shows inside "gave up after". A
+# RefusedError shows in front of the name of what was refused.
 _RAISERS = {name for name in vars(errors) if name.endswith("Error")} | {
     "AirflowFailException",
     "AirflowSensorTimeout",

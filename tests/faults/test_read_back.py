@@ -60,7 +60,7 @@ TAMPERINGS: dict[str, tuple[Callable[[StorageServer, str], Any], str]] = {
     "missing": (lambda s, u: s.delete(BUCKET, name_of(u, VICTIM)), "5 files .* found 4"),
     "all missing": (
         lambda s, u: [s.delete(BUCKET, name_of(u, name)) for name in FILES],
-        "no objects are there",
+        "found no objects",
     ),
     "a directory in a file's place": (
         lambda s, u: s.put(BUCKET, name_of(u, VICTIM + "/x"), b""),

@@ -149,7 +149,7 @@ def test_bytes_that_are_always_damaged_are_an_error_in_the_end(
 
 def test_the_error_of_a_transfer_has_its_cause(server: StorageServer, tmp_path: Path) -> None:
     server.add_fault(Fault(method="POST", action="drop_before", times=0))
-    with pytest.raises(StoreError, match="kept failing") as raised:
+    with pytest.raises(StoreError, match="gave up after") as raised:
         do_upload(server.url, make_tree(tmp_path / "data", FILES), RetryPolicy(deadline=0))
     assert isinstance(raised.value.__cause__, aiohttp.ClientError)
 

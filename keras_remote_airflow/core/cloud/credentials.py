@@ -85,9 +85,9 @@ def _refresh(credentials: Any) -> None:
         credentials.refresh(Request())
     except GoogleAuthError as exc:
         if is_outage(exc):
-            raise RetryableError(f"no access token could be fetched: {exc}") from exc
+            raise RetryableError(f"no access token could be fetched ({exc})") from exc
         raise RefusedError(
-            f"no access token could be fetched: {exc}. Check the credentials.", 401
+            f"no access token could be fetched ({exc})", 401, "Check the credentials."
         ) from exc
 
 

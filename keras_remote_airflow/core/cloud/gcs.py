@@ -2,8 +2,8 @@
 
 Nothing here overwrites or deletes: every write is create-only (`ifGenerationMatch=0`) and declares
 the CRC32C that was taken when the data was hashed, so Cloud Storage refuses bytes that are not the
-hashed ones. "Precondition failed" is answered by comparing size and CRC32C with what is there:
-equal means that a concurrent uploader, or an earlier attempt whose answer was lost, was first.
+hashed ones. On "Precondition failed" (412), size and CRC32C are compared. If both match, another
+uploader, or an earlier attempt whose answer was lost, has stored the file.
 
 Requests: https://cloud.google.com/storage/docs/json_api/v1/objects
 """
@@ -298,8 +298,8 @@ class GcsStore:
         there = await self._transport.retry.run(f"looking at {uri}", attempt)
         if there is None:
             raise StoreError(
-                f"{uri} was there and is gone: something deletes objects while they are uploaded. "
-                "Retry.",
+                f"an object was deleted during the upload: {uri}. Find out what deletes objects "
+                "there, then retry.",
                 status=412,
                 transient=True,
             )
@@ -342,9 +342,9 @@ class GcsStore:
                         raise RetryableError("the server refused the requested range", 416)
                     if answer.status == 404:
                         raise IntegrityError(
-                            f"{uri} is gone or was replaced since it was listed (generation "
-                            f"{info.generation}). Retry; if it stays away, have the data uploaded "
-                            "again."
+                            "an object is gone or was replaced since it was listed (generation "
+                            f"{info.generation}): {uri}. Retry; if it stays away, have the data "
+                            "uploaded again."
                         )
                     if answer.status == 200:
                         sink.restart()
@@ -404,8 +404,8 @@ def _understanding(body: bytes) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise RefusedError(
-            f"the answer is not one of Cloud Storage, or is incomplete ({body[:80]!r}). Check the "
-            "endpoint, STORAGE_EMULATOR_HOST and the proxy."
+            f"the server's answer is not a Cloud Storage answer, or is incomplete ({body[:80]!r})",
+            remedy="Check the endpoint, STORAGE_EMULATOR_HOST and the proxy.",
         ) from exc
 
 

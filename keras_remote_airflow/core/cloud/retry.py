@@ -1,4 +1,4 @@
-"""Which failures are tried again, when, and the error for the last one."""
+"""Repeats failed requests; turns the last failure into a StoreError."""
 
 import asyncio
 import json
@@ -22,14 +22,11 @@ _T = TypeVar("_T")
 RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _THROTTLED = frozenset({429, 503})
 REMEDIES = {
-    400: (
-        "The request itself was refused. If the bucket is one whose requester pays, pass "
-        "user_project."
-    ),
+    400: ("The request itself was refused. If the bucket uses Requester Pays, pass user_project."),
     401: "The credentials were not accepted: check the connection or the service account key.",
     403: (
-        "The account lacks a permission on the bucket: roles/storage.objectViewer reads it, "
-        "roles/storage.objectCreator adds to it."
+        "The account lacks a permission on the bucket: it needs roles/storage.objectViewer to "
+        "read, roles/storage.objectCreator to upload."
     ),
     404: "Check the bucket's name, and that it exists.",
 }
@@ -52,11 +49,15 @@ class RetryableError(Exception):
 
 
 class RefusedError(Exception):
-    """An attempt failed, and so would any other. `Retrier.run` makes a StoreError of it."""
+    """An attempt failed, and so would any other. `Retrier.run` makes a StoreError of it.
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    The error says `message`, then what was refused, then the remedy.
+    """
+
+    def __init__(self, message: str, status: int | None = None, remedy: str = "") -> None:
         super().__init__(message)
         self.status = status
+        self.remedy = remedy
 
 
 class Retrier:
@@ -105,11 +106,12 @@ class Retrier:
                 self._limiter.increase()
                 return result
             except RefusedError as exc:
-                raise StoreError(f"{what}: {exc}", status=exc.status) from exc.__cause__
+                message = f"{exc}: {what}. {exc.remedy}".rstrip()
+                raise StoreError(message, status=exc.status) from exc.__cause__
             except _HOPELESS as exc:
                 raise StoreError(
-                    f"{what}: {_describe(exc)}. Check the endpoint and its certificate: "
-                    f"{self._endpoint}, which must begin with https:// or http://"
+                    f"cannot use the endpoint {self._endpoint}: {_describe(exc).rstrip('.')} "
+                    f"({what}). Check its certificate, and that it begins with https:// or http://."
                 ) from _presentable(exc)
             except (RetryableError, aiohttp.ClientError, TimeoutError, ConnectionError) as exc:
                 error = exc
@@ -125,24 +127,27 @@ class Retrier:
                 self._limiter.decrease()
             pause = max(self._policy.pause(failures), getattr(error, "retry_after", 0.0))
             if now + pause - first_failure > self._policy.deadline:
-                remedy = "Try again later."
-                if isinstance(error, aiohttp.ClientConnectorError):
-                    remedy = f"Check that something answers at {self._endpoint}."
                 raise StoreError(
-                    f"{what} kept failing for {now - first_failure:.0f} s, {failures} "
-                    f"attempts; the last: {_describe(error).rstrip('.')}. {remedy}",
+                    f"gave up after {failures} attempts in {now - first_failure:.0f} s: "
+                    f"{_describe(error).rstrip('.')}: {what}. {self._remedy(error)}",
                     status=status,
                     transient=True,
                 ) from _presentable(error)
             _log.log(
                 self._level(failures, now),
-                "Trying again in %.1f s: %s failed (attempt %d, %s)",
+                "Trying again in %.1f s, attempt %d failed (%s): %s",
                 pause,
-                what,
                 failures,
                 _describe(error),
+                what,
             )
             await asyncio.sleep(pause)
+
+    def _remedy(self, error: Exception) -> str:
+        """Return what to do about an error that stayed until the deadline."""
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return f"Check that something answers at {self._endpoint}."
+        return REMEDIES[401] if getattr(error, "status", None) == 401 else "Try again later."
 
     def _level(self, failures: int, now: float) -> int:
         """Return how loudly to log a failure: an outage hits hundreds of requests at once."""
@@ -167,7 +172,7 @@ def failure(status: int, body: bytes, retry_after: str = "") -> RetryableError |
     if status in RETRYABLE:
         seconds = min(float(retry_after), 60.0) if retry_after.isdigit() else 0.0
         return RetryableError(reason, status, seconds)
-    return RefusedError(f"{reason}. {REMEDIES.get(status, '')}".rstrip(), status)
+    return RefusedError(reason, status, REMEDIES.get(status, ""))
 
 
 def _describe(error: Exception) -> str:

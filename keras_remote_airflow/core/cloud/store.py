@@ -1,7 +1,7 @@
 """Objects in one bucket: what datasets ask of a store.
 
-DAG files import this, so it costs nothing: what talks to Cloud Storage (`core.cloud.gcs`) is
-imported when a bucket is opened.
+DAG files import this, so it imports nothing heavy. What talks to Cloud Storage (`core.cloud.gcs`)
+is imported when a bucket is opened.
 """
 
 import base64
@@ -145,9 +145,9 @@ def list_objects(store: ObjectStore, prefix: str) -> Iterator[ObjectInfo]:
 def conflict(uri: str, there: ObjectInfo, path: str, size: int, crc32c: int) -> ConflictError:
     """Return the error for an object that holds other bytes than the file that belongs there."""
     return ConflictError(
-        f"{uri} holds other bytes than {path}: {there.size} bytes with CRC32C "
-        f"{encode_crc32c(there.crc32c)}, expected {size} bytes with {encode_crc32c(crc32c)}. "
-        f"Nothing was overwritten. Find out who wrote it; {how_to_clear(uri)}"
+        f"an object holds other bytes than its file: {there.size} bytes with CRC32C "
+        f"{encode_crc32c(there.crc32c)}, expected {size} with {encode_crc32c(crc32c)}: {uri}, from "
+        f"{path}. Nothing was overwritten. If the object should not be there, {how_to_remove(uri)}"
     )
 
 
@@ -156,8 +156,8 @@ def encode_crc32c(crc32c: int) -> str:
     return base64.b64encode(crc32c.to_bytes(4, "big")).decode()
 
 
-def how_to_clear(uri: str) -> str:
+def how_to_remove(uri: str) -> str:
     """Return in words how to remove an object, whose name may be chosen by a stranger."""
     if set(uri) & set("*?[") or not uri.isprintable():  # gcloud would take it for a pattern
-        return "to clear it, delete it in the Cloud Storage console"
-    return f"to clear it: gcloud storage rm {shlex.quote(uri)}"
+        return "remove it in the Cloud Storage console"
+    return f"remove it: gcloud storage rm {shlex.quote(uri)}"

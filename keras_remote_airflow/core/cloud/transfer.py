@@ -163,8 +163,8 @@ class Sink:
         self._corrupt += 1
         if self._corrupt >= _MAX_CORRUPT:
             raise IntegrityError(
-                f"{self._uri} arrived {self._corrupt} times as {found}; its metadata says "
-                f"{expected}. Look for what changes data on the way, such as a proxy."
+                f"a download arrived damaged {self._corrupt} times, as {found}; its metadata says "
+                f"{expected}: {self._uri}. Look for what changes data on the way, such as a proxy."
             )
         raise RetryableError(f"arrived as {found}, expected {expected}")
 
@@ -208,6 +208,6 @@ def _write(descriptor: int, content: bytes) -> None:
 
 def _changed(file: FileToSend, how: str) -> DataChangedError:
     return DataChangedError(
-        f"{file.path} changed while it was being uploaded ({how}); nothing was published. Retry "
-        "once nothing writes to it."
+        f"a file changed while it was being uploaded ({how}): {file.path}. Nothing was published. "
+        "Retry once nothing writes to it."
     )

@@ -11,7 +11,7 @@ from keras_remote_airflow.core.cloud.store import (
     ObjectStore,
     conflict,
     first_page,
-    how_to_clear,
+    how_to_remove,
     list_objects,
 )
 from keras_remote_airflow.core.disk.snapshot import Snapshot
@@ -101,7 +101,7 @@ def missing_files(
         if index is None:
             raise ConflictError(
                 f"an object of {found.size} bytes is under this content hash but not in the data: "
-                f"{uri}. Find out who wrote it; {how_to_clear(uri)}"
+                f"{uri}. If it should not be there, {how_to_remove(uri)}"
             )
         file = snapshot.record(index)
         if (file.size, file.crc32c) != (found.size, found.crc32c):

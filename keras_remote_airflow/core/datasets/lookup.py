@@ -96,8 +96,8 @@ def lookup(
         if receipt is not None and (receipt.files, receipt.total_bytes) != known[1:]:
             raise MarkerError(
                 f"marker says {receipt.files} files with {receipt.total_bytes} bytes, but data of "
-                f"this content hash has {known[1]} with {known[2]}: {key.marker_uri}. Delete that "
-                "object to have it written anew."
+                f"this content hash has {known[1]} files with {known[2]} bytes: {key.marker_uri}. "
+                "Delete that object to have it written anew."
             )
         count = sum(1 for _ in missing_files(store, key, snapshot, verify))
         shortfall = f"{count} of {len(snapshot)} objects missing" if count else None
@@ -137,8 +137,8 @@ def _shortfall(store: ObjectStore, key: CacheKey, receipt: Receipt, verify: str)
         # An upload does not mend this, so a sensor that waits for one must fail instead.
         raise ConflictError(
             f"the dataset has {files} objects with {size} bytes, more than the {receipt.files} "
-            f"with {receipt.total_bytes} that its marker says: {key.gcs_uri}. Find out who wrote "
-            "the others, and remove them."
+            f"objects with {receipt.total_bytes} bytes in its marker: {key.gcs_uri}. Find out who "
+            "wrote the others, and remove them."
         )
     if last_path is None and (files, size) != (receipt.files, receipt.total_bytes):
         return (

@@ -107,10 +107,10 @@ def _reuse(ref: DataRef, final: str, problem: str | None) -> str:
     """Return `final`, where something is already, unless there is a problem with that."""
     if problem:
         raise InvalidInputError(
-            f"destination {final} holds something other than {ref.gcs_uri} ({problem}). Nothing "
-            "was overwritten: choose another dest, or remove it."
+            f"destination holds something else ({problem}): {final}. Nothing was overwritten: "
+            f"choose another dest, or remove it. Expected: {ref.gcs_uri}"
         )
-    _log.info("Reusing %s: it holds %s", final, ref.gcs_uri)
+    _log.info("Reusing what is there: %s holds %s", final, ref.gcs_uri)
     return final
 
 
@@ -164,9 +164,8 @@ def _fetch(source: RemoteData, folder: str, final: str, progress: ProgressCallba
         received = download(source, partial, progress)
         if not received.files and not source.may_be_empty:
             raise IntegrityError(
-                "no objects are there, so the data is not what its ref names: "
-                f"{source.ref.gcs_uri}. Check the URI; if a lifecycle rule deleted them, have the "
-                "data uploaded again."
+                f"found no objects at {source.ref.gcs_uri}. Check the URI; if a lifecycle rule "
+                "deleted them, have the data uploaded again."
             )
         whole = partial if source.ref.is_dir else os.path.join(partial, os.path.basename(final))
         expected = received.files, received.bytes
@@ -202,13 +201,13 @@ def _check_replaceable(final: str, ref: DataRef) -> None:
         raise mount_point(final)
     if os.path.isdir(final) and not ref.is_dir:
         raise InvalidInputError(
-            f"destination {final} is a directory, but {ref.gcs_uri} is a single file. Remove the "
-            "directory, or choose another dest."
+            f"destination is a directory, but the data is a single file: {final}, {ref.gcs_uri}. "
+            "Remove the directory, or choose another dest."
         )
     if os.path.isdir(final) and os.path.samefile(final, os.curdir):
         raise InvalidInputError(
-            f"destination {final} is the current directory, which cannot be replaced as a whole. "
-            "Choose a directory inside it."
+            "destination is the current directory, which cannot be replaced as a whole: "
+            f"{final}. Choose a directory inside it."
         )
 
 
@@ -253,7 +252,7 @@ def download(
                 # The folder was empty: two object names claim one place, as "a" and "a/b" do.
                 place = os.path.relpath(exc.filename, folder)
                 raise IntegrityError(
-                    f"the data cannot be a directory: more than one object claims {place}: "
-                    f"{source.ref.gcs_uri}. Remove the one that does not belong there."
+                    f"the data cannot be a directory: one object is {place}, another is below "
+                    f"{place}/: {source.ref.gcs_uri}. Remove the one that does not belong there."
                 ) from exc
     return received

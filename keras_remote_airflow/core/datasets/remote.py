@@ -61,7 +61,7 @@ class RemoteData:
         found = [path for path, _ in islice(self.objects(), 2)]
         if not found:
             raise IntegrityError(
-                f"found no objects, expected one file: {self.ref.gcs_uri}. Check the URI; if a "
+                f"found no objects at {self.ref.gcs_uri}, expected one file. Check the URI; if a "
                 "lifecycle rule deleted the file, have the data uploaded again."
             )
         check_relative_paths(found, "")

@@ -61,7 +61,7 @@ class UploadResult:
         gcs_uri: where the data is.
         is_dir: whether it is a directory.
         content_hash: 64 hex digits; None for data that was on Cloud Storage already.
-        cache_hit: whether it was published before, whole.
+        cache_hit: whether it was published before, with all its objects.
         files: number of files in the data.
         bytes: their total size.
         uploaded_files: how many of them this call sent.
@@ -169,8 +169,8 @@ def upload(
     The other parameters are those of `upload_data`, and so are the errors.
 
     Args:
-        dry_run: write nothing to Cloud Storage. Everything is read as ever, and the result says
-            what would have been uploaded, and where to.
+        dry_run: write nothing to Cloud Storage. Data and bucket are read as for an upload, and
+            the result says what would have been uploaded, and where to.
     """
     from keras_remote_airflow.core.disk.hashing import default_index, take_snapshot
 
@@ -230,21 +230,23 @@ def _check_names(snapshot: Snapshot, key: CacheKey) -> None:
         check_relative_paths(some, key.prefix)
         if RESERVED_NAME.encode() in some:
             raise InvalidInputError(
-                f"{snapshot.local_path(RESERVED_NAME)}: this name is reserved for the cache's own "
-                "marker. Rename or remove the file."
+                "a file has the name that is reserved for the cache's own marker: "
+                f"{snapshot.local_path(RESERVED_NAME)}. Rename or remove it."
             )
 
 
 def warn_of_odd_data(snapshot: Snapshot) -> None:
     """Log a warning for a dataset without files, and for one of more than `LARGE_BYTES`."""
     if not len(snapshot):
-        _log.warning("%s holds no files: an empty dataset. Is the volume mounted?", snapshot.root)
+        _log.warning(
+            "The dataset is empty, without files. Is the volume mounted? %s", snapshot.root
+        )
     if snapshot.total_bytes > LARGE_BYTES:
         _log.warning(
-            "%s holds %s. For data of this size consider keeping it on Cloud Storage and passing "
-            'its URI (Data("gs://…")), with I/O that streams (tf.data, grain)',
-            snapshot.root,
+            "The dataset has %s. Consider keeping data of this size on Cloud Storage and passing "
+            'its URI (Data("gs://…")), with I/O that streams (tf.data, grain): %s',
             format_bytes(snapshot.total_bytes),
+            snapshot.root,
         )
 
 

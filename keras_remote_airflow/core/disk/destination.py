@@ -29,11 +29,11 @@ def check_dest(dest: str) -> str:
     dest = os.path.abspath(dest)
     if os.path.lexists(dest) and not os.path.isdir(dest):
         raise InvalidInputError(
-            f"destination {dest} is not a directory: choose one, or a path that is not there"
+            f"destination is not a directory: {dest}. Choose one, or a path that is not there."
         )
     if os.path.islink(dest) and not os.listdir(dest):
         raise InvalidInputError(
-            f"destination {dest} is a link, which cannot be replaced as a whole. Choose a "
+            f"destination is a link, which cannot be replaced as a whole: {dest}. Choose a "
             f"directory inside it, or {os.path.realpath(dest)} itself."
         )
     return dest
@@ -125,7 +125,7 @@ def put_file(source: str, final: str) -> bool:
 def mount_point(path: str) -> InvalidInputError:
     """Return the error to raise for a destination that is a mount point."""
     return InvalidInputError(
-        f"destination {path} is a mount point, which cannot be put in place as a whole. Choose a "
+        f"destination is a mount point, which cannot be replaced as a whole: {path}. Choose a "
         "directory inside it."
     )
 
@@ -176,7 +176,9 @@ def _wait_for_flock(descriptor: int, directory: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        _log.info("Waiting for another process that is filling %s", directory)
+        _log.info(
+            "Waiting for another process that is filling the destination through %s", directory
+        )
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 

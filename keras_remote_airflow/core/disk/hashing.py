@@ -417,6 +417,6 @@ def _ahead(chunks: _Chunks) -> _Chunks:
 
 def _changed(path: str, opened: int, read: int) -> DataChangedError:
     return DataChangedError(
-        f"{path} changed while it was being hashed ({opened} bytes when opened, {read} bytes "
-        "read). Retry once nothing writes to it."
+        f"a file changed while it was being hashed ({opened} bytes when opened, {read} bytes "
+        f"read): {path}. Retry once nothing writes to it."
     )

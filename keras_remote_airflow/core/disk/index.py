@@ -89,8 +89,8 @@ class HashIndex:
         for resolve in (os.path.abspath, os.path.realpath):
             if os.path.commonpath([resolve(self._path), resolve(root)]) == resolve(root):
                 raise InvalidInputError(
-                    f"hash index {self._path} lies in the data that it is about, {root}, and would "
-                    "change it. Keep it elsewhere."
+                    f"the hash index is inside the data, so writing it would change the hash: "
+                    f"{self._path} in {root}. Put it elsewhere."
                 )
         self._root = os.fsencode(root)
         self._settled_ns = settled_ns
@@ -173,7 +173,7 @@ class HashIndex:
                     db.execute("BEGIN IMMEDIATE")
                     self._write(db, snapshot)
         except _FAILURES as exc:
-            _log.warning("Hash index %s could not be written: %s", self._path, exc)
+            _log.warning("The hash index could not be written (%s): %s", exc, self._path)
 
     @contextmanager
     def _ignoring_failures(self) -> Iterator[None]:
@@ -188,8 +188,10 @@ class HashIndex:
             is_wrong = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
             is_wrong = is_wrong or isinstance(exc, ValueError | TypeError)
             self._may_write = self._is_damaged = self._db is not None and is_wrong
-            hint = ". It is left alone: delete it, or name another file" if self._db is None else ""
-            _log.warning("Hash index %s is ignored: %s%s", self._path, exc, hint)
+            hint = (
+                ". It is left alone: delete it, or name another file." if self._db is None else ""
+            )
+            _log.warning("The hash index is ignored (%s): %s%s", exc, self._path, hint)
 
     def _open(self) -> None:
         if not os.path.exists(self._path):

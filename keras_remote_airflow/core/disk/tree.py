@@ -101,11 +101,12 @@ def inaccessible(path: str, error: OSError) -> Exception:
     """Return the error to raise for a path that cannot be opened or listed."""
     if error.errno in _VANISHED:
         return DataChangedError(
-            f"{path} vanished while the data was being read. Retry once nothing writes to it."
+            f"a file vanished while the data was being read: {path}. Retry once nothing writes to "
+            "the data."
         )
     if isinstance(error, PermissionError):
         return InvalidInputError(
-            f"cannot read {path}: permission denied. Make it readable for this user, or move it "
+            f"permission denied, cannot read {path}. Make it readable for this user, or move it "
             "out of the data."
         )
     # The system's error names only the last part of the path.
@@ -115,7 +116,9 @@ def inaccessible(path: str, error: OSError) -> Exception:
 def not_a_file(path: str, mode: int) -> InvalidInputError:
     """Return the error to raise for a FIFO, socket, device or directory in a file's place."""
     kind = _KINDS.get(stat.S_IFMT(mode), "a special file")
-    return InvalidInputError(f"{path} is {kind}: expected regular files. Move it out of the data.")
+    return InvalidInputError(
+        f"found {kind}, expected regular files: {path}. Move it out of the data."
+    )
 
 
 def _list(root: str, folder: str, links: list[str]) -> tuple[list[str], list[str]]:
