@@ -1,7 +1,6 @@
-"""What the Airflow layer needs to be installed, which is the extra `airflow` of this package.
+"""Checks that what the extra `airflow` installs is there.
 
-Only metadata of distributions is read, and nothing is imported for it: `_compat` asks before it
-imports Airflow, and `provider_info` is asked by Airflow wherever this package is installed.
+Reads package metadata only. Airflow calls `provider_info` even where it is too old.
 """
 
 import re

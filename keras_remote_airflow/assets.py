@@ -1,7 +1,7 @@
 """Asset events that say which data is new, and how the DAG that they trigger gets its ref.
 
 The event's `extra`, on an asset (Airflow 2: dataset) and on an alias, is the ref (see `core.refs`)
-and one field more. It is flat, because Airflow 2 takes nothing else from an alias:
+plus `content_hash`. It has no nested dicts, because Airflow 2 rejects them in an alias event:
 
     {"__data_ref__": True, "gcs_uri": "gs://…", "is_dir": bool, "mount_path": str | None,
      "content_hash": "<64 hex digits>" | None}

@@ -1,4 +1,4 @@
-"""The dataset that a sensor and its trigger wait for, and one look whether it is there."""
+"""The dataset that a sensor and its trigger wait for, and a method that looks once."""
 
 import logging
 from dataclasses import dataclass

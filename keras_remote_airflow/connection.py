@@ -6,8 +6,8 @@ Every operator, sensor and decorator takes these three, all of them templated:
                          if there is something to ask Cloud Storage. Reading needs
                          roles/storage.objectViewer on the bucket, uploading needs
                          roles/storage.objectCreator too.
-    impersonation_chain  service account to impersonate, or a chain of them whose last one is
-                         impersonated; None leaves that to the connection.
+    impersonation_chain  service account to impersonate, or a list: each impersonates the next, and
+                         the last is used; None leaves that to the connection.
     user_project         id of the project to bill, if the bucket uses Requester Pays; None bills
                          the bucket's own project.
 """

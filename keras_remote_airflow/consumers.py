@@ -4,16 +4,16 @@
     CreateCustomJobOperator(..., **vertex_custom_job_kwargs(upload, custom_job))
 
 Every function returns keyword arguments for an operator. They make that task depend on the upload,
-and give its container two environment variables, with DATA replaced by another `name`:
+and give its container two environment variables (with `name="train"`: KERAS_REMOTE_TRAIN_PATH):
 
     KERAS_REMOTE_DATA_PATH  the directory: the dataset itself, or the one that holds the single file
     KERAS_REMOTE_DATA_REF   the ref, as JSON
 
 `upload` is always a DataUploadOperator, a CacheSensor, any other task that returns a ref, such a
-task's `.output`, or a ref that is known when the DAG is written. What is read from the ref is
-filled in when the task's templates are rendered.
+task's `.output`, or a ref that is known when the DAG is written. Values from a task's output are
+filled in when templates are rendered.
 
-A keras-kinetic function needs nothing from here: with `layout="kinetic"` it takes the ref as it is.
+A keras-kinetic function doesn't need these functions: with `layout="kinetic"` it takes the ref.
 (docs/consumers.md has all of this as a cookbook.)
 """
 
@@ -356,7 +356,8 @@ def _variables(name: str) -> tuple[str, str]:
 def _check_name(name: str) -> None:
     if not _DNS_LABEL.fullmatch(name):
         raise InvalidInputError(
-            f"invalid name {name!r}: expected at most 32 lower-case letters, digits and hyphens"
+            f"invalid name {name!r}: expected at most 32 lower-case letters, digits and hyphens, "
+            "such as 'train'"
         )
 
 

@@ -1,4 +1,4 @@
-"""Errors that no retry mends fail a task at once."""
+"""Fails a task at once on errors that retrying can't fix."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What OpenLineage learns about an upload: from which path, to which prefix, which version.
+"""Describes an upload to OpenLineage: local path, object prefix, and content hash as version.
 
 Airflow's OpenLineage provider is needed only here, and this module is imported only when that
 provider asks.

@@ -1,6 +1,6 @@
 """What Airflow's provider manager learns of this package (entry point `apache_airflow_provider`).
 
-Nothing is imported here that can fail: Airflow asks even where the package cannot work.
+Imports nothing that may be missing, because Airflow loads this file on every installation.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Imported by what needs POSIX, so that Windows says in one line what to do instead."""
+"""Raises a one-line ImportError on Windows. Modules that need POSIX import it."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""How far long work has come: told to a callback of the caller's, or in log lines now and then."""
+"""Reports progress of long work, to a callback or in log lines every 30 s."""
 
 import logging
 import threading

@@ -1,9 +1,8 @@
-"""Whether reading files keeps a thread waiting, so that several threads should read at once.
+"""Decides whether files are read by one thread or by many, for hashing and for sending.
 
-Files in memory are read fastest by one thread, files on a slow disk by many. Hashing and sending
-follow the same rule: after three slow reads in a row (a single one may be another process's doing)
-threads make a number of reads; then one read is measured again. Each time the disk is found slow
-again, that number doubles.
+Files in memory are read fastest by one thread, files on a slow disk by many. After three slow reads
+in a row, several threads read the next N files; then one read is measured again. If it is slow too,
+N doubles.
 """
 
 import time

@@ -363,7 +363,7 @@ def test_the_task_depends_on_the_upload(make):
     ("make", "message"),
     [
         (lambda: gcsfuse_pod_kwargs(REF, "data"), "expected an absolute path"),
-        (lambda: gcsfuse_pod_kwargs(REF), "expected an absolute path, here or in the ref"),
+        (lambda: gcsfuse_pod_kwargs(REF), "set it on the upload"),
         (lambda: gcsfuse_pod_kwargs(REF, "/d", name="Data"), "invalid name 'Data'"),
         (lambda: gcsfuse_pod_kwargs(REF, "/d", name="a" * 33), "invalid name"),
         (lambda: gcsfuse_pod_kwargs(3, "/d"), "upload is a int"),
@@ -381,7 +381,7 @@ def test_the_task_depends_on_the_upload(make):
             "separated by commas",
         ),
         (lambda: vertex_command_kwargs(REF, [], materialize_at="data"), "absolute path"),
-        (lambda: vertex_command_kwargs(REF, [], user_project="p"), "needs materialize_at"),
+        (lambda: vertex_command_kwargs(REF, [], user_project="p"), "pass materialize_at"),
         (lambda: vertex_custom_job_kwargs(REF, cast(Any, object())), "expected a dict"),
         (lambda: vertex_custom_job_kwargs(REF, {}), "no job_spec with worker_pool_specs"),
         (

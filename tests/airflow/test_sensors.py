@@ -232,7 +232,7 @@ def test_wrong_combinations_fail_when_the_dag_is_parsed(arguments, words):
             {"data_ref": make_data_ref(GCS_URI, True), "namespace_prefix": "other"},
             "'wait': namespace_prefix is 'other', but data_ref names",
         ),
-        ({"data_ref": make_data_ref("gs://bbb/model.keras", False)}, "which no upload publishes"),
+        ({"data_ref": make_data_ref("gs://bbb/model.keras", False)}, "nothing will publish"),
     ],
 )
 def test_malformed_values_fail_for_good(execute, arguments, words, deferrable):

@@ -1,12 +1,12 @@
 """How a request reaches Cloud Storage: connections, access tokens, an event loop of its own.
 
-Requests run on an event loop in a thread of their own, so that hundreds can be in flight for little
-CPU, whatever calls: a script, a notebook whose loop is busy, an Airflow task. The caller's thread
+Requests run on an event loop in a thread of their own, so that hundreds can be in flight with
+little CPU, whether a script, a notebook or an Airflow task is the caller. The caller's thread
 waits interruptibly: when a signal handler raises there (how Airflow ends a task), the transfers are
 cancelled and the thread has ended before the exception goes on.
 
-The google-cloud-storage client lends its credentials and its endpoint. Its own upload path costs
-about 2 ms of CPU per object, ten times what a plain request does.
+Credentials and endpoint come from the google-cloud-storage client. Its own upload code costs about
+2 ms of CPU per object, ten times what a plain request does.
 """
 
 import asyncio

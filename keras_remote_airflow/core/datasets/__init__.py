@@ -1,1 +1,1 @@
-"""Datasets: publish, look up, read back; what joins `disk` and `cloud`."""
+"""Datasets: publish, look up, read back. This package combines `disk` and `cloud`."""

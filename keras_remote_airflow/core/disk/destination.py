@@ -1,8 +1,8 @@
 """A directory that appears whole: filled under another name, then renamed into place.
 
-The other name, `.keras-remote-….partial`, follows from the destination's, so that processes with
-the same destination meet there. Whoever fills the directory holds a lock on it (flock), which ends
-with the process: a second process waits, and what a killed one left behind is swept by the next.
+The other name, `.keras-remote-….partial`, is derived from the destination's, so processes with the
+same destination use the same directory. The process that fills it holds a lock on it (flock). A
+second one waits. The next run deletes the remains of a killed one.
 
 Where the system has no flock, the directory itself is the lock. A second process then fails with
 an error that names it, and what a killed process left behind has to be removed by hand.

@@ -1,4 +1,4 @@
-"""One read of a file or directory gives its content hash and, per file, what an upload declares.
+"""Computes the content hash, and per file SHA-256 and CRC32C, in one read.
 
 The content hash is keras_remote's two-level one, byte for byte as keras-kinetic 0.0.1 to 0.0.4
 compute it (`kinetic/data/data.py`); `||` concatenates and every digest is the raw 32 bytes:
@@ -9,8 +9,8 @@ compute it (`kinetic/data/data.py`); `||` concatenates and every digest is the r
 
 The order is that of `core.disk.tree`: os.walk's with sorted names.
 
-SHA-256 and CRC32C come from the same bytes: an object with the CRC32C that an upload declares holds
-the bytes that were hashed.
+Both come from the same bytes, so if Cloud Storage accepts the CRC32C, it has the bytes that were
+hashed.
 """
 
 import errno
@@ -272,7 +272,7 @@ class _Hasher:
             self._pending.popleft().result()
 
     def _hash_one_by_one(self, files: _Files, positions: Sequence[int]) -> None:
-        # Each of many threads does this: together they have enough files open.
+        # Many threads do this at once, so each opens one file at a time.
         for position in positions:
             if self._hash_small(files, [position]):
                 self._hash_large(files, position)
@@ -353,7 +353,10 @@ class _Hasher:
         return positions, states, contents, large
 
     def _hash_large(self, files: _Files, position: int) -> None:
-        """Hash one file in chunks, in any thread; end early when all is to end."""
+        """Hash one file in chunks; return early when the whole run is being stopped.
+
+        May be called in any thread.
+        """
         path = files.local_path(position)
         descriptor = open_path(path, OPEN_FLAGS)
         try:

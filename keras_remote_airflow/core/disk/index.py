@@ -1,11 +1,11 @@
 """The hash index: an optional local file that spares unchanged files from being read again.
 
-It maps what the file system says of a file (path, size, mtime, ctime, inode, device) to the file
-digest and CRC32C it had under exactly these. As git's index does, it never records a file that was
-modified so shortly before it was hashed that a later change could leave its times as they are.
+For each file it keeps what the file system said (path, size, mtime, ctime, inode, device), and the
+file digest and CRC32C that the file had then. Files modified within 2 s before hashing are not
+recorded: a later change might not alter their times. (git's index does the same.)
 
-Use it for data on a local disk, not on mounts whose inode numbers or times change or mean little
-(gcsfuse, some NFS and container overlays).
+Use it for data on a local disk, not on mounts whose inode numbers or times are not stable (gcsfuse,
+some NFS and container overlays).
 
 An index only saves time. One that is damaged, locked or of a newer format is ignored, with a line
 in the log. A damaged one is replaced by the same run. A file that SQLite does not recognize as a
@@ -74,8 +74,8 @@ _FAILURES = (sqlite3.Error, OSError, ValueError, TypeError)
 class HashIndex:
     """The part of a hash index that is about one file or directory.
 
-    A context manager around the calls of `look_up` and `save`. Only wrong use raises an error:
-    whatever is wrong with the file is a warning in the log.
+    A context manager around the calls of `look_up` and `save`. An index that cannot be used is a
+    warning in the log. Only an index inside the data raises an error.
 
     Args:
         path: the index file; it need not exist yet.
@@ -121,7 +121,9 @@ class HashIndex:
     def look_up(
         self, paths: list[bytes], states: list[os.stat_result]
     ) -> tuple[list[int], "array[int]", bytes]:
-        """Find files that are known and unchanged. Ask for all, in the order of the content hash.
+        """Find files that are known and unchanged.
+
+        Must be called for all files, in the order of the content hash.
 
         Args:
             paths: of files in one folder, relative to the root, UTF-8.
@@ -217,8 +219,8 @@ class HashIndex:
         return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
 
     def _read_block(self) -> None:
-        # A query for each block, so that other processes can write in between. What they write
-        # may begin with other files than expected, and is true nevertheless.
+        # A query for each block, so that other processes can write in between. A block that they
+        # wrote may begin with other files than expected, but each of its rows is true.
         self._number += 1
         self._block = {}
         assert self._db is not None  # noqa: S101 - it was opened
