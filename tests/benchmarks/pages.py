@@ -51,7 +51,7 @@ def write_overview(figures: dict[str, Any]) -> str:
 
 Each cell shows seconds, and **how many times as fast** this is as keras-kinetic \
 {packages["keras-kinetic"]}. The figures are
-medians of {figures["rounds"]} rounds of `make bench` against a local server, on \
+medians of {_rounds(figures)} of `make bench` against a local server, on \
 {machine["cpus"]} cores, {figures["made_at"][:10]}, with
 Python {machine["python"]}, aiohttp {packages["aiohttp"]} and google-cloud-storage \
 {packages["google-cloud-storage"]} ([all figures, and their limits](docs/benchmarks.md)):
@@ -81,7 +81,7 @@ def write_figures(figures: dict[str, Any]) -> str:
     parts = [
         f"""## The figures
 
-Medians of {figures["rounds"]} rounds (three times as many for quick cases) on \
+Medians of {_rounds(figures)} (three times as many for quick cases) on \
 {machine["cpus"]} cores, {machine["system"]} {machine["architecture"]}, {figures["made_at"][:10]},
 with Python {machine["python"]}, {packages}.
 
@@ -92,6 +92,10 @@ with Python {machine["python"]}, {packages}.
         if len(measured) > 1:
             parts.append(f"### {case}\n\n{_markdown(_contenders(measured))}\n")
     return "\n".join(parts)
+
+
+def _rounds(figures: dict[str, Any]) -> str:
+    return "1 round" if figures["rounds"] == 1 else f"{figures['rounds']} rounds"
 
 
 def _contenders(measured: dict[str, Any]) -> list[list[str]]:
