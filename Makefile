@@ -29,9 +29,8 @@ CORE_TESTS := tests/core tests/faults tests/testing
 WIRE_TESTS := tests/core/test_store.py tests/core/test_transport.py tests/faults/test_wire.py tests/testing/test_clients.py
 # Tests of what differs between systems: files, folders and locks.
 PORTABLE_TESTS := tests/core/test_hashing.py tests/core/test_index.py tests/core/test_destination.py tests/core/test_materialize.py tests/core/test_platforms.py
-# Three processes for two cores, since tests of Airflow wait now and then. An idle process takes tests
-# over from another one; `PYTEST=pytest` makes it one process.
-PYTEST := pytest -n 3 --dist worksteal
+# An idle process takes tests over from the other one; `PYTEST=pytest` makes it one process.
+PYTEST := pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test coverage test-quick test-all $(AIRFLOWS:%=test-%) test-composer $(IMAGES:%=test-%) test-kinetic test-light test-without-linux test-cloud $(PYTHONS:%=test-python-%) lint docs lowest dist bench constraints $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench constraints-kinetic constraints-core constraints-docs clean
