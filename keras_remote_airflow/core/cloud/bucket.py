@@ -41,7 +41,6 @@ def open_bucket(
     """
     from keras_remote_airflow.core.cloud.credentials import is_outage
     from keras_remote_airflow.core.cloud.gcs import GcsStore
-    from keras_remote_airflow.core.cloud.policy import RetryPolicy
     from keras_remote_airflow.core.cloud.transport import Transport
 
     if client is None:

@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _THROTTLED = frozenset({429, 503})
 REMEDIES = {
-    400: ("The request itself was refused. If the bucket uses Requester Pays, pass user_project."),
+    400: "The request itself was refused. If the bucket uses Requester Pays, pass user_project.",
     401: "The credentials were not accepted: check the connection or the service account key.",
     403: (
         "The account lacks a permission on the bucket: it needs roles/storage.objectViewer to "
