@@ -205,6 +205,8 @@ class Api:
             object_resource(bucket.objects[name], bucket, call.base_url, wanted)
             for name in page.names
         ]
+        if lacking := self._buckets.listings_lack:
+            items = [{k: v for k, v in item.items() if k not in lacking} for item in items]
         answer = _page("storage#objects", items, page)
         if page.prefixes:
             answer["prefixes"] = page.prefixes

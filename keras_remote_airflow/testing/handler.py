@@ -7,6 +7,7 @@ threads call, out of the buckets meanwhile.
 """
 
 import asyncio
+import gzip
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -37,6 +38,7 @@ class Handler:
         self._faults = faults
         self._lock = lock
         self._latency = latency
+        self.compresses_json = False
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         call = _call(request)
@@ -57,6 +59,8 @@ class Handler:
             reply = answer_or_error(call, receiver.answer)
             if clock := self._api.clock_headers():
                 reply = replace(reply, headers={**reply.headers, **clock})
+        if self.compresses_json and "gzip" in call.headers.get("accept-encoding", ""):
+            reply = _compressed(reply)
         is_silent = fault is not None and fault.is_silent
         self._faults.log(call, None if is_silent else reply.status)
         seconds = self._latency() + (0 if fault is None else fault.latency)
@@ -112,6 +116,14 @@ def _call(request: web.BaseRequest) -> Call:
 def _injected(fault: Fault) -> Reply:
     status = fault.status or 500
     return error_reply(ApiError(status, "backendError", f"Injected status {status}"))
+
+
+def _compressed(reply: Reply) -> Reply:
+    """The same answer in gzip, if it is JSON."""
+    if not reply.headers.get("Content-Type", "").startswith("application/json") or reply.stream:
+        return reply
+    headers = {**reply.headers, "Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
+    return Reply(reply.status, headers, gzip.compress(reply.body))
 
 
 async def _send(

@@ -57,6 +57,7 @@ class StorageServer:
         self._faults = Faults()
         self._buckets = Buckets(None if directory is None else Folder(Path(directory)))
         self._api = Api(self._buckets)
+        self._handler = Handler(self._api, self._faults, self._lock, lambda: self.latency)
         self._web: web.Server | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -173,6 +174,26 @@ class StorageServer:
         with self._lock:
             self._buckets.ahead += round(seconds * 1_000_000)
 
+    def play(
+        self,
+        *,
+        listings_lack: Iterable[str] = (),
+        compresses_json: bool = False,
+        checks_hashes: bool = True,
+    ) -> None:
+        """Be like other servers and buckets from now on; `play()` goes back to the usual.
+
+        Args:
+            listings_lack: keys that objects lack in listings. `{"crc32c", "md5Hash"}` is a bucket
+                with a customer-managed key; a request for a single object still shows both.
+            compresses_json: JSON is answered in gzip if the client accepts that.
+            checks_hashes: False is a server that stores bytes whatever hash was declared.
+        """
+        with self._lock:
+            self._buckets.listings_lack = frozenset(listings_lack)
+            self._buckets.checks_hashes = checks_hashes
+            self._handler.compresses_json = compresses_json
+
     # Faults and the log.
 
     def add_fault(self, fault: Fault) -> None:
@@ -224,7 +245,7 @@ class StorageServer:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         self._web = web.Server(
-            Handler(self._api, self._faults, self._lock, lambda: self.latency),
+            self._handler,
             handler_cancellation=True,
             auto_decompress=False,
             access_log=None,
