@@ -18,6 +18,13 @@ class DataNotFoundError(InvalidInputError, FileNotFoundError):
     """The local path does not exist."""
 
 
+class EmptyDataError(KerasRemoteError):
+    """Local data has fewer files than the caller asks for; nothing was sent.
+
+    Retrying may mend it, because a volume that is not mounted looks like an empty folder.
+    """
+
+
 class DataChangedError(KerasRemoteError):
     """Local data changed while it was hashed or before it was uploaded; nothing was published."""
 

@@ -16,7 +16,12 @@ from keras_remote_airflow.core.datasets.upload import (
     warn_of_odd_data,
 )
 from keras_remote_airflow.core.disk.hashing import take_snapshot
-from keras_remote_airflow.core.errors import InvalidInputError, MarkerError
+from keras_remote_airflow.core.errors import (
+    PERMANENT_ERRORS,
+    EmptyDataError,
+    InvalidInputError,
+    MarkerError,
+)
 from keras_remote_airflow.testing import Fault
 
 from . import reference
@@ -271,3 +276,30 @@ def test_directory_without_files_is_published_with_a_warning(linked, tmp_path, g
     caplog.clear()
     upload(gcs_bucket, tmp_path)  # a hit
     assert "dataset is empty" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "expected"),
+    [
+        ({}, {"allow_empty": False}, 1),
+        ({}, {"min_files": 2}, 2),
+        (FILES, {"min_files": 3}, 3),
+    ],
+)
+@pytest.mark.parametrize("call", [upload, upload_data])
+def test_fewer_files_than_asked_for_are_an_error_though_they_were_published_before(
+    call, files, options, expected, tree, gcs_server, gcs_bucket
+):
+    root = tree(files)
+    upload(gcs_bucket, root)
+    gcs_server.clear_requests()
+    with pytest.raises(EmptyDataError, match=rf"found {len(files)} .* {expected}.*{root}"):
+        call(gcs_bucket, root, **options)
+    assert gcs_server.requests == []
+    assert not isinstance(EmptyDataError(), PERMANENT_ERRORS)
+
+
+def test_as_many_files_as_asked_for_are_uploaded(tree, gcs_bucket):
+    root = tree(FILES)
+    assert upload(gcs_bucket, root, allow_empty=False, min_files=2).uploaded_files == 2
+    assert upload(gcs_bucket, root / "train.csv", allow_empty=False, min_files=1).files == 1

@@ -22,7 +22,7 @@ from keras_remote_airflow.core.data import Data, as_data
 from keras_remote_airflow.core.datasets.diff import missing_files
 from keras_remote_airflow.core.datasets.lookup import check_verify, lookup
 from keras_remote_airflow.core.disk.snapshot import Snapshot
-from keras_remote_airflow.core.errors import InvalidInputError
+from keras_remote_airflow.core.errors import EmptyDataError, InvalidInputError
 from keras_remote_airflow.core.layout import (
     RESERVED_NAME,
     CacheKey,
@@ -101,6 +101,8 @@ def upload_data(
     hash_index: str | None = None,
     user_project: str | None = None,
     progress: ProgressCallback | None = None,
+    allow_empty: bool = True,
+    min_files: int = 0,
 ) -> str:
     """Make sure that `data` is on Cloud Storage and return its `gs://` URI.
 
@@ -125,9 +127,14 @@ def upload_data(
         user_project: id of the project to bill, if the bucket uses Requester Pays.
         progress: called with a `core.progress.ProgressUpdate` at most every 0.1 s and at the end of
             hashing, uploading or downloading; None logs a line at most every 30 s.
+        allow_empty: whether a folder without files may be published. It often stands for a volume
+            that is not mounted.
+        min_files: how many files there must be at least. As `allow_empty`, it counts for local
+            data, published before or not; `gs://` data is not looked at.
 
     Raises:
         InvalidInputError: bad input, before anything is written.
+        EmptyDataError: fewer files than `allow_empty` and `min_files` ask for; nothing was sent.
         DataChangedError: the data changed meanwhile; nothing was published.
         ConflictError: objects under the hash hold other bytes.
         MarkerError: the marker cannot be read.
@@ -145,6 +152,8 @@ def upload_data(
         hash_index=hash_index,
         user_project=user_project,
         progress=progress,
+        allow_empty=allow_empty,
+        min_files=min_files,
     )
     return result.gcs_uri
 
@@ -162,6 +171,8 @@ def upload(
     hash_index: str | None = None,
     user_project: str | None = None,
     progress: ProgressCallback | None = None,
+    allow_empty: bool = True,
+    min_files: int = 0,
     dry_run: bool = False,
 ) -> UploadResult:
     """Do what `upload_data` does, and return where the data is and what was done.
@@ -186,6 +197,12 @@ def upload(
         return UploadResult(data.path, data.is_dir)
 
     snapshot = take_snapshot(data.path, hash_index or default_index(), progress=progress)
+    if len(snapshot) < (expected := max(min_files, 0 if allow_empty else 1)):
+        raise EmptyDataError(
+            f"found {format_files(len(snapshot))}, expected at least {expected}; perhaps a volume "
+            f"is not mounted: {snapshot.root}. Nothing was uploaded. If there may be so few files, "
+            "pass allow_empty=True or a lower min_files."
+        )
     key = CacheKey(bucket_name, namespace_prefix, snapshot.content_hash, chosen_layout)
     _check_names(snapshot, key)
     sent = Progress(_log, "Comparing" if dry_run else "Uploading", key.gcs_uri, progress)
