@@ -26,6 +26,7 @@ try:
         BaseSensorOperator,
         Context,
         PokeReturnValue,
+        XComArg,
     )
     from airflow.sdk.bases.decorator import DecoratedOperator, task_decorator_factory
 
@@ -43,6 +44,7 @@ except ImportError:  # Airflow 2
         from airflow.models.baseoperator import BaseOperator
         from airflow.models.baseoperatorlink import BaseOperatorLink
         from airflow.models.xcom import XCom
+        from airflow.models.xcom_arg import XComArg
         from airflow.operators.python import PythonOperator
         from airflow.sensors.base import BaseSensorOperator, PokeReturnValue
         from airflow.triggers.base import BaseTrigger, TriggerEvent
@@ -118,6 +120,7 @@ __all__ = [
     "TriggerEvent",
     "TriggeringEvent",
     "XCom",
+    "XComArg",
     "conf",
     "deferral_timed_out",
     "get_triggering_events",

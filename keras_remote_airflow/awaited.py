@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from keras_remote_airflow.connection import connect
 from keras_remote_airflow.core.errors import InvalidInputError, StoreError
-from keras_remote_airflow.core.layout import CacheKey, get_layout
+from keras_remote_airflow.core.layout import CacheKey, LayoutName, get_layout
 from keras_remote_airflow.core.progress import format_bytes, format_files
 from keras_remote_airflow.core.refs import DataRef
 
 if TYPE_CHECKING:
     from google.cloud.storage import Client
+
+    from keras_remote_airflow.core.datasets.lookup import Verify
 
 _log = logging.getLogger(__name__)
 
@@ -36,10 +38,10 @@ class AwaitedDataset:
     bucket_name: str
     content_hash: str
     namespace_prefix: str = "default"
-    layout: str = "keras_remote"
+    layout: LayoutName = "keras_remote"
     is_dir: bool | None = None
     mount_path: str | None = None
-    verify: str = "page"
+    verify: "Verify" = "page"
     gcp_conn_id: str = "google_cloud_default"
     impersonation_chain: str | list[str] | None = None
     user_project: str | None = None

@@ -13,6 +13,7 @@ from keras_remote_airflow._compat import (
     Context,
     DecoratedOperator,
     PythonOperator,
+    XComArg,
     task_decorator_factory,
 )
 from keras_remote_airflow.connection import connect
@@ -81,10 +82,10 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
         python_callable: Callable[..., Any],
         op_args: Any = None,
         op_kwargs: Any = None,
-        dest: str | None = None,
-        gcp_conn_id: str = "google_cloud_default",
-        impersonation_chain: str | Sequence[str] | None = None,
-        user_project: str | None = None,
+        dest: str | XComArg | None = None,
+        gcp_conn_id: str | XComArg = "google_cloud_default",
+        impersonation_chain: str | Sequence[str] | XComArg | None = None,
+        user_project: str | XComArg | None = None,
         **kwargs: Any,
     ) -> None:
         function = {
@@ -93,10 +94,11 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
             "op_kwargs": op_kwargs,
         }
         super().__init__(**function, kwargs_to_upstream=function, **kwargs)
-        self.dest = dest
-        self.gcp_conn_id = gcp_conn_id
-        self.impersonation_chain = impersonation_chain
-        self.user_project = user_project
+        # Any: the templates are rendered before `execute` reads these.
+        self.dest: Any = dest
+        self.gcp_conn_id: Any = gcp_conn_id
+        self.impersonation_chain: Any = impersonation_chain
+        self.user_project: Any = user_project
 
     def execute(self, context: Context) -> Any:
         folder = self.dest or tempfile.mkdtemp(prefix="keras-remote-")

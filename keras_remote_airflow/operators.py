@@ -1,13 +1,15 @@
 """`DataUploadOperator`: make sure that data is on Cloud Storage, under the hash of its content."""
 
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from keras_remote_airflow._compat import (
     SIGTERM_RAISES,
     AirflowSkipException,
     BaseOperator,
     Context,
+    XComArg,
 )
 from keras_remote_airflow.assets import fill_outlet_events, is_work_of_an_earlier_try
 from keras_remote_airflow.connection import connect
@@ -20,9 +22,11 @@ from keras_remote_airflow.metrics import count_upload
 
 if TYPE_CHECKING:
     from keras_remote_airflow.core.data import Data
+    from keras_remote_airflow.core.datasets.lookup import Verify
     from keras_remote_airflow.core.datasets.upload import UploadResult
+    from keras_remote_airflow.core.layout import LayoutName
 
-_ON_CACHE_HIT = ("continue", "skip")
+OnCacheHit = Literal["continue", "skip"]
 
 
 class DataUploadOperator(BaseOperator):
@@ -87,37 +91,44 @@ class DataUploadOperator(BaseOperator):
     def __init__(
         self,
         *,
-        data: "str | Data",
-        bucket_name: str,
-        namespace_prefix: str = "default",
-        mount_path: str | None = None,
-        gcp_conn_id: str = "google_cloud_default",
-        impersonation_chain: str | Sequence[str] | None = None,
-        user_project: str | None = None,
-        layout: str = "keras_remote",
-        verify: str = "page",
-        hash_index: str | None = None,
-        on_cache_hit: str = "continue",
+        data: "str | os.PathLike[str] | Data | XComArg",
+        bucket_name: str | XComArg,
+        namespace_prefix: str | XComArg = "default",
+        mount_path: str | XComArg | None = None,
+        gcp_conn_id: str | XComArg = "google_cloud_default",
+        impersonation_chain: str | Sequence[str] | XComArg | None = None,
+        user_project: str | XComArg | None = None,
+        layout: "LayoutName | XComArg" = "keras_remote",
+        verify: "Verify | XComArg" = "page",
+        hash_index: str | XComArg | None = None,
+        on_cache_hit: OnCacheHit = "continue",
         multiple_outputs: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(multiple_outputs=multiple_outputs, **kwargs)
-        self.data = data
-        self.bucket_name = bucket_name
-        self.namespace_prefix = namespace_prefix
-        self.mount_path = mount_path
-        self.gcp_conn_id = gcp_conn_id
-        self.impersonation_chain = impersonation_chain
-        self.user_project = user_project
-        self.layout = layout
-        self.verify = verify
-        self.hash_index = hash_index
+        # Any: the templates are rendered before `execute` reads these.
+        self.data: Any = data
+        self.bucket_name: Any = bucket_name
+        self.namespace_prefix: Any = namespace_prefix
+        self.mount_path: Any = mount_path
+        self.gcp_conn_id: Any = gcp_conn_id
+        self.impersonation_chain: Any = impersonation_chain
+        self.user_project: Any = user_project
+        self.layout: Any = layout
+        self.verify: Any = verify
+        self.hash_index: Any = hash_index
         self.on_cache_hit = on_cache_hit
-        if on_cache_hit not in _ON_CACHE_HIT:
+        if on_cache_hit not in get_args(OnCacheHit):
             raise InvalidInputError(
                 f"DataUploadOperator task {self.task_id!r}: unknown on_cache_hit "
-                f"{on_cache_hit!r}: expected one of {list(_ON_CACHE_HIT)}"
+                f"{on_cache_hit!r}: expected one of {list(get_args(OnCacheHit))}"
             )
+
+    if TYPE_CHECKING:
+
+        @property
+        def output(self) -> Any:
+            """The ref, for a call of another task: it passes for whatever type that declares."""
 
     def execute(self, context: Context) -> dict[str, Any]:
         self._result = None

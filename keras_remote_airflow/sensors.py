@@ -1,5 +1,6 @@
 """`CacheSensor`: wait until a dataset is published."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from keras_remote_airflow._compat import (
     BaseSensorOperator,
     Context,
     PokeReturnValue,
+    XComArg,
     conf,
     deferral_timed_out,
 )
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from google.cloud.storage import Client
 
     from keras_remote_airflow.core.data import Data
+    from keras_remote_airflow.core.datasets.lookup import Verify
+    from keras_remote_airflow.core.layout import LayoutName
 
 _SOURCES = ("content_hash", "data", "data_ref")
 _DEFAULT_NAMESPACE = "default"
@@ -101,39 +105,46 @@ class CacheSensor(BaseSensorOperator):
     def __init__(
         self,
         *,
-        bucket_name: str | None = None,
-        content_hash: str | None = None,
-        data: "str | Data | None" = None,
-        data_ref: dict[str, Any] | str | None = None,
-        namespace_prefix: str = _DEFAULT_NAMESPACE,
+        bucket_name: str | XComArg | None = None,
+        content_hash: str | XComArg | None = None,
+        data: "str | os.PathLike[str] | Data | XComArg | None" = None,
+        data_ref: dict[str, Any] | str | XComArg | None = None,
+        namespace_prefix: str | XComArg = _DEFAULT_NAMESPACE,
         is_dir: bool | None = None,
-        mount_path: str | None = None,
-        gcp_conn_id: str = "google_cloud_default",
-        impersonation_chain: str | Sequence[str] | None = None,
-        user_project: str | None = None,
+        mount_path: str | XComArg | None = None,
+        gcp_conn_id: str | XComArg = "google_cloud_default",
+        impersonation_chain: str | Sequence[str] | XComArg | None = None,
+        user_project: str | XComArg | None = None,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
-        layout: str = KERAS_REMOTE.name,
-        verify: str = "page",
-        hash_index: str | None = None,
+        layout: "LayoutName | XComArg" = KERAS_REMOTE.name,
+        verify: "Verify | XComArg" = "page",
+        hash_index: str | XComArg | None = None,
         multiple_outputs: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(multiple_outputs=multiple_outputs, **kwargs)
-        self.bucket_name = bucket_name
-        self.content_hash = content_hash
-        self.data = data
-        self.data_ref = data_ref
-        self.namespace_prefix = namespace_prefix
+        # Any: the templates are rendered before `execute` reads these.
+        self.bucket_name: Any = bucket_name
+        self.content_hash: Any = content_hash
+        self.data: Any = data
+        self.data_ref: Any = data_ref
+        self.namespace_prefix: Any = namespace_prefix
         self.is_dir = is_dir
-        self.mount_path = mount_path
-        self.gcp_conn_id = gcp_conn_id
-        self.impersonation_chain = impersonation_chain
-        self.user_project = user_project
+        self.mount_path: Any = mount_path
+        self.gcp_conn_id: Any = gcp_conn_id
+        self.impersonation_chain: Any = impersonation_chain
+        self.user_project: Any = user_project
         self.deferrable = deferrable
-        self.layout = layout
-        self.verify = verify
-        self.hash_index = hash_index
+        self.layout: Any = layout
+        self.verify: Any = verify
+        self.hash_index: Any = hash_index
         self._check_arguments()
+
+    if TYPE_CHECKING:
+
+        @property
+        def output(self) -> Any:
+            """The ref, for a call of another task: it passes for whatever type that declares."""
 
     def execute(self, context: Context) -> Any:
         self._looking = None

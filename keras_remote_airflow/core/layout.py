@@ -21,9 +21,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Literal
 
 from keras_remote_airflow.core import __version__
 from keras_remote_airflow.core.errors import InvalidInputError, MarkerError
+
+# The values of the `layout` parameter everywhere.
+LayoutName = Literal["keras_remote", "kinetic"]
 
 FORMAT_VERSION = 1
 MAX_MARKER_BYTES = 64 * 1024
@@ -51,17 +55,17 @@ class Layout:
     """The place where a generation of clients keeps its markers.
 
     Attributes:
-        name: the value of the `layout` parameter everywhere.
+        name: what the `layout` parameter calls it.
         marker: the marker's object name, with `{namespace}` and `{content_hash}` to fill in.
     """
 
-    name: str
+    name: LayoutName
     marker: str
 
 
 KERAS_REMOTE = Layout("keras_remote", "{namespace}/data-cache/{content_hash}/" + RESERVED_NAME)
 KINETIC = Layout("kinetic", "{namespace}/data-markers/{content_hash}")
-_LAYOUTS = {layout.name: layout for layout in (KERAS_REMOTE, KINETIC)}
+_LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (KERAS_REMOTE, KINETIC)}
 
 
 def get_layout(name: str) -> Layout:

@@ -9,6 +9,7 @@ from keras_remote_airflow import Data, make_data_ref, materialize
 from keras_remote_airflow.core.datasets.lookup import find
 from keras_remote_airflow.core.datasets.upload import UploadResult, upload
 from keras_remote_airflow.core.errors import ConflictError
+from keras_remote_airflow.core.layout import LayoutName
 
 from .conftest import Place
 
@@ -47,7 +48,7 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def publish(place: Place, tree: Path, layout: str = "keras_remote") -> UploadResult:
+def publish(place: Place, tree: Path, layout: LayoutName = "keras_remote") -> UploadResult:
     return upload(
         place.bucket,
         Data(str(tree)),

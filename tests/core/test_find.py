@@ -13,13 +13,14 @@ from keras_remote_airflow.core.errors import (
     MarkerError,
     StoreError,
 )
+from keras_remote_airflow.core.layout import LayoutName
 
 from .test_layout import BAD_BUCKETS, BAD_HASHES, BAD_NAMESPACES, GARBAGE_MARKERS
 
 FILES = {"train.csv": "train", "sub/eval.csv": "eval"}
 HASH = "0123456789abcdef" * 4
 EMPTY = "9d1ae5a6cdbe837d499a16cb32234ea2d953c60e8e8fdc88f84a3bbe2d629143"
-MARKERS = {
+MARKERS: dict[LayoutName, str] = {
     "keras_remote": "default/data-cache/{}/.cache_marker",
     "kinetic": "default/data-markers/{}",
 }

@@ -7,6 +7,7 @@ import re
 import stat
 import tempfile
 import tracemalloc
+from typing import get_args
 
 import pytest
 
@@ -19,7 +20,7 @@ from keras_remote_airflow.core.datasets.upload import upload
 from keras_remote_airflow.core.disk.destination import partial_name
 from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, StoreError
-from keras_remote_airflow.core.layout import CacheKey, get_layout
+from keras_remote_airflow.core.layout import CacheKey, LayoutName, get_layout
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref
 
 from .conftest import needs_flock, on_disk, writes
@@ -280,10 +281,10 @@ def test_empty_directory_comes_back_empty(tree, gcs_bucket, tmp_path, layout):
 
 def test_dataset_under_both_layouts_is_the_same_dataset(tree, gcs_bucket, tmp_path):
     root = tree(FILES)
-    for layout in ("keras_remote", "kinetic"):
+    for layout in get_args(LayoutName):
         for path in (root, root / "train.csv"):
             upload(gcs_bucket, str(path), layout=layout)
-    for layout in ("keras_remote", "kinetic"):
+    for layout in get_args(LayoutName):
         for path, is_dir in ((root, True), (root / "train.csv", False)):
             uri = upload(gcs_bucket, str(path), layout=layout).gcs_uri
             ref = DataRef(uri, is_dir, None, get_layout(layout)).to_dict()

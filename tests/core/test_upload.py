@@ -9,6 +9,7 @@ import pytest
 
 from keras_remote_airflow import Data, upload_data
 from keras_remote_airflow.core.cloud.gcs import DIGEST_KEY
+from keras_remote_airflow.core.datasets.lookup import Verify
 from keras_remote_airflow.core.datasets.upload import (
     LARGE_BYTES,
     UploadResult,
@@ -213,7 +214,8 @@ def test_hit_on_a_thousand_files_and_more_reads_one_page_unless_told_to_read_all
 ):
     path = str(tree({f"{number:04}": "" for number in range(1100)}))
     result = upload(gcs_bucket, path)
-    for verify, requests in (("page", 2), ("full", 3)):
+    expected: dict[Verify, int] = {"page": 2, "full": 3}
+    for verify, requests in expected.items():
         gcs_server.clear_requests()
         assert upload(gcs_bucket, path, verify=verify).cache_hit
         assert len(gcs_server.requests) == requests

@@ -21,6 +21,7 @@ from test_hashed_bytes import held_at
 
 from keras_remote_airflow.core.datasets.lookup import CacheEntry, find
 from keras_remote_airflow.core.errors import IntegrityError, MarkerError
+from keras_remote_airflow.core.layout import LayoutName
 from keras_remote_airflow.testing import StorageServer
 
 FILES = small_files(5)
@@ -28,7 +29,7 @@ EVICTIONS = {"one": 1, "some": 3, "all": 5}
 LAYOUTS = {"keras_remote": ".cache_marker", "kinetic": "../../data-markers/"}
 
 
-def marker_name(content_hash: str, layout: str) -> str:
+def marker_name(content_hash: str, layout: LayoutName) -> str:
     if layout == "kinetic":
         return f"default/data-markers/{content_hash}"
     return prefix_of(content_hash) + ".cache_marker"
@@ -42,7 +43,7 @@ def test_evicted_objects_turn_a_hit_into_a_miss_that_heals(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     how_many: str,
-    layout: str,
+    layout: LayoutName,
 ) -> None:
     path = make_tree(tmp_path / "data", FILES)
     result = do_upload(server.url, path, layout=layout)
@@ -113,7 +114,7 @@ BAD_MARKERS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("body", BAD_MARKERS)
 def test_a_marker_that_cannot_be_read_is_an_error(
-    server: StorageServer, client: Any, tmp_path: Path, body: str, layout: str
+    server: StorageServer, client: Any, tmp_path: Path, body: str, layout: LayoutName
 ) -> None:
     path = make_tree(tmp_path / "data", FILES)
     content_hash = content_hash_of(path)

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
@@ -10,10 +10,11 @@ from keras_remote_airflow.core.cloud.store import ObjectStore
 from keras_remote_airflow.core.datasets.diff import missing_files, stored_files
 from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH, Snapshot
 from keras_remote_airflow.core.errors import ConflictError, InvalidInputError, MarkerError
-from keras_remote_airflow.core.layout import CacheKey, Receipt, get_layout, parse_marker
+from keras_remote_airflow.core.layout import CacheKey, LayoutName, Receipt, get_layout, parse_marker
 
 _log = logging.getLogger(__name__)
-_VERIFY = ("page", "full")
+# The values of the `verify` parameter everywhere.
+Verify = Literal["page", "full"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def find(
     namespace_prefix: str = "default",
     *,
     client: Any = None,
-    layout: str = "keras_remote",
-    verify: str = "page",
+    layout: LayoutName = "keras_remote",
+    verify: Verify = "page",
     retry: RetryPolicy | None = None,
     user_project: str | None = None,
 ) -> CacheEntry | None:
@@ -66,8 +67,10 @@ def find(
 
 def check_verify(verify: str) -> None:
     """Raise InvalidInputError unless `verify` is a value of the parameter of that name."""
-    if verify not in _VERIFY:
-        raise InvalidInputError(f"unknown verify {verify!r}: expected one of {list(_VERIFY)}")
+    if verify not in get_args(Verify):
+        raise InvalidInputError(
+            f"unknown verify {verify!r}: expected one of {list(get_args(Verify))}"
+        )
 
 
 def lookup(

@@ -20,12 +20,13 @@ from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import FileToSend, ObjectStore
 from keras_remote_airflow.core.data import Data, as_data
 from keras_remote_airflow.core.datasets.diff import missing_files
-from keras_remote_airflow.core.datasets.lookup import check_verify, lookup
+from keras_remote_airflow.core.datasets.lookup import Verify, check_verify, lookup
 from keras_remote_airflow.core.disk.snapshot import Snapshot
 from keras_remote_airflow.core.errors import EmptyDataError, InvalidInputError
 from keras_remote_airflow.core.layout import (
     RESERVED_NAME,
     CacheKey,
+    LayoutName,
     Receipt,
     check_bucket,
     check_namespace,
@@ -95,8 +96,8 @@ def upload_data(
     namespace_prefix: str = "default",
     *,
     client: Any = None,
-    layout: str = "keras_remote",
-    verify: str = "page",
+    layout: LayoutName = "keras_remote",
+    verify: Verify = "page",
     retry: RetryPolicy | None = None,
     hash_index: str | None = None,
     user_project: str | None = None,
@@ -165,8 +166,8 @@ def upload(
     namespace_prefix: str = "default",
     *,
     client: Any = None,
-    layout: str = "keras_remote",
-    verify: str = "page",
+    layout: LayoutName = "keras_remote",
+    verify: Verify = "page",
     retry: RetryPolicy | None = None,
     hash_index: str | None = None,
     user_project: str | None = None,
