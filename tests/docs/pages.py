@@ -44,15 +44,19 @@ class Block:
         return self.language == "python" and re.search(r"^@dag\b", self.text, re.M) is not None
 
 
+def for_this_airflow(code: str) -> str:
+    """Return the code with imports from where this Airflow has the names."""
+    is_airflow_2 = version("apache-airflow").startswith("2.")
+    return _AIRFLOW_2.sub(r"\1\2", code) if is_airflow_2 else code
+
+
 def read_blocks(page: Path) -> list[Block]:
     """Return a page's fenced blocks."""
     text = page.read_text(encoding="utf-8")
     blocks = []
     for match in _FENCE.finditer(text):
-        code = match[2]
-        if version("apache-airflow").startswith("2."):
-            code = _AIRFLOW_2.sub(r"\1\2", code)
-        blocks.append(Block(match[1], code, text.count("\n", 0, match.start(2))))
+        line = text.count("\n", 0, match.start(2))
+        blocks.append(Block(match[1], for_this_airflow(match[2]), line))
     return blocks
 
 
