@@ -5,15 +5,43 @@ plus `content_hash`. It has no nested dicts, because Airflow 2 rejects them in a
 
     {"__data_ref__": True, "gcs_uri": "gs://…", "is_dir": bool, "mount_path": str | None,
      "content_hash": "<64 hex digits>" | None}
+
+The asset's URI is that of the data, percent-encoded (`asset_uri`); the ref in `extra` has it as it
+is.
 """
 
 from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
+from urllib.parse import quote
 
 from keras_remote_airflow._compat import Asset, AssetAlias, Context, get_triggering_events
 from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.refs import DataRef, is_data_ref, parse_data_ref
+
+# Airflow refuses longer ones.
+_MAX_ASSET_URI_CHARACTERS = 1500
+
+
+def asset_uri(gcs_uri: str) -> str:
+    """Return the URI of the asset that stands for the data at `gcs_uri`.
+
+    Airflow takes ASCII only (its API server fails a task for anything else, after the task has
+    succeeded), drops what follows "#", and sorts what follows "?". So these are percent-encoded,
+    and "%" is too, to tell any two data apart. Airflow drops slashes at the end.
+    """
+    return quote(gcs_uri, safe="/:!$&'()*+,;=@")
+
+
+def check_outlets(outlets: Iterable[Any], gcs_uri: str) -> None:
+    """Raise InvalidInputError if an alias among the outlets could not get an event for this URI."""
+    characters = len(asset_uri(gcs_uri))
+    if characters > _MAX_ASSET_URI_CHARACTERS and any(isinstance(o, AssetAlias) for o in outlets):
+        raise InvalidInputError(
+            f"asset URI too long: {characters} characters, percent-encoded, Airflow takes "
+            f"{_MAX_ASSET_URI_CHARACTERS}: {gcs_uri}. Shorten the name, or remove the alias from "
+            "the outlets."
+        )
 
 
 def fill_outlet_events(
@@ -41,7 +69,7 @@ def fill_outlet_events(
         if isinstance(outlet, Asset):
             context["outlet_events"][outlet].extra.update(extra)
         elif isinstance(outlet, AssetAlias) and is_new:
-            context["outlet_events"][outlet].add(Asset(uri=ref.gcs_uri), extra=extra)
+            context["outlet_events"][outlet].add(Asset(uri=asset_uri(ref.gcs_uri)), extra=extra)
 
 
 def is_work_of_an_earlier_try(context: Context, published_at: str | None) -> bool:
@@ -65,19 +93,27 @@ def is_work_of_an_earlier_try(context: Context, published_at: str | None) -> boo
     return published.tzinfo is not None and published >= began.replace(microsecond=0)
 
 
-def ref_from_triggering_event(context: Context, source: str | None = None) -> dict[str, Any]:
+def ref_from_triggering_event(
+    context: Context, source: "str | Asset | AssetAlias | None" = None
+) -> dict[str, Any]:
     """Return the ref of the data whose upload triggered this run.
 
     Airflow gathers events that come close together into one run; the newest one counts.
 
     Args:
         context: the running task's, as `get_current_context()` returns it.
-        source: name of the asset alias or URI of the asset, for a DAG that is scheduled on more
-            than one; None takes any.
+        source: the asset alias or the asset, or the name of the one or the URI of the other, for a
+            DAG that is scheduled on more than one; None takes any.
 
     Raises:
         InvalidInputError: no such event triggered the run; a person started it, perhaps.
     """
+    if isinstance(source, str) and "://" in source:
+        source = Asset(uri=source)  # Airflow's spelling has no slash at the end
+    if isinstance(source, Asset):
+        source = source.uri
+    elif isinstance(source, AssetAlias):
+        source = source.name
     events = [
         event
         for event in get_triggering_events(context)

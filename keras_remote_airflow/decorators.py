@@ -1,10 +1,13 @@
 """`@task.local_data`: a TaskFlow task whose data refs arrive as verified local paths."""
 
 import dataclasses
+import fcntl
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from typing import Any
 
@@ -16,9 +19,17 @@ from keras_remote_airflow._compat import (
     XComArg,
     task_decorator_factory,
 )
+from keras_remote_airflow.arguments import rendered_or_none, to_template
 from keras_remote_airflow.connection import connect
+from keras_remote_airflow.core.errors import InvalidInputError
+from keras_remote_airflow.core.layout import cache_key_from_uri
 from keras_remote_airflow.core.refs import DataRef, is_data_ref, parse_data_ref
 from keras_remote_airflow.failures import permanent_errors_fail_the_task
+
+_log = logging.getLogger(__name__)
+
+# What the names of temporary directories begin with.
+_TEMPORARY = "keras-remote-task-"
 
 
 def local_data_task(
@@ -28,16 +39,27 @@ def local_data_task(
 ) -> Any:
     """Make a task of a function whose data refs arrive as local paths.
 
+        @task.local_data
+        def train(folder):
+            ...
+
+        train(upload.output)
+
     Every ref is replaced by the path of what it names, downloaded and verified as `materialize`
     does it: the directory, or the file. Refs are found at any depth of dicts, lists, tuples and
     dataclasses, whose types stay what they are; what a mapped task has pushed becomes a list if
-    there are refs in it. Refs are not looked for elsewhere: the text of a ref, as a template
-    renders it, stays that text, and a ref inside another object (of attrs, of pydantic, in a set)
-    stays a ref. A ref that occurs twice is downloaded once. The ref's `mount_path` is ignored,
-    because it says where a training job, not this worker, should see the data.
+    there are refs in it. Refs are not looked for elsewhere: a ref inside another object (of attrs,
+    of pydantic, in a set) stays a ref. The text of a ref, as a template renders it, and the URI of
+    a dataset stay text, and a warning says what to pass. A ref that occurs twice is downloaded
+    once. The ref's `mount_path` is ignored, because it says where a training job, not this worker,
+    should see the data.
 
-    Errors that stay true (a malformed ref, an unusable `dest`) fail the task at once; data that is
-    not what its ref names and refusals or outages of Cloud Storage are left to its `retries`.
+    By default a task's copy lies in the worker's temporary directory, and is removed when the
+    function has returned or raised. If the task is killed at once (SIGKILL, out of memory), the
+    next such task of the same user on that worker removes it.
+
+    Errors that stay true (a malformed ref, an unusable directory) fail the task at once; data that
+    is not what its ref names and refusals or outages of Cloud Storage are left to its `retries`.
 
     Args:
         python_callable: the function.
@@ -56,17 +78,16 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
     """What `@task.local_data` makes of a function.
 
     Args:
-        dest: directory on the worker below which the data is put, each dataset in a directory
-            named by its content. It stays there, and later tasks on that worker reuse it, verified
-            anew. None takes a temporary directory for this run of the task alone, which is removed
-            when the function has returned or raised; other tasks cannot use paths into it.
-            Templated.
+        cache_dir: directory on the worker in which the data stays, each dataset in a directory
+            named by its content; later tasks on that worker reuse it, verified anew. None takes a
+            temporary directory for this run of the task alone; other tasks cannot use paths into
+            it. Templated.
         gcp_conn_id, impersonation_chain, user_project: see `connection`. Templated.
     """
 
     template_fields: Sequence[str] = (
         *PythonOperator.template_fields,
-        "dest",
+        "cache_dir",
         "gcp_conn_id",
         "impersonation_chain",
         "user_project",
@@ -82,7 +103,7 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
         python_callable: Callable[..., Any],
         op_args: Any = None,
         op_kwargs: Any = None,
-        dest: str | XComArg | None = None,
+        cache_dir: str | os.PathLike[str] | XComArg | None = None,
         gcp_conn_id: str | XComArg = "google_cloud_default",
         impersonation_chain: str | Sequence[str] | XComArg | None = None,
         user_project: str | XComArg | None = None,
@@ -95,24 +116,32 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
         }
         super().__init__(**function, kwargs_to_upstream=function, **kwargs)
         # Any: the templates are rendered before `execute` reads these.
-        self.dest: Any = dest
+        self.cache_dir: Any = to_template("cache_dir", cache_dir)
         self.gcp_conn_id: Any = gcp_conn_id
         self.impersonation_chain: Any = impersonation_chain
         self.user_project: Any = user_project
 
     def execute(self, context: Context) -> Any:
-        folder = self.dest or tempfile.mkdtemp(prefix="keras-remote-")
         self._running = True
         try:
-            paths = PathsForRefs(self._fetcher(os.path.expanduser(folder)))
-            with permanent_errors_fail_the_task():
-                self.op_args = paths.put_into(self.op_args)
-                self.op_kwargs = paths.put_into(self.op_kwargs)
-            return super().execute(context)
+            with self._folder() as folder:
+                paths = PathsForRefs(self._fetcher(folder))
+                with permanent_errors_fail_the_task():
+                    self.op_args = paths.put_into(self.op_args)
+                    self.op_kwargs = paths.put_into(self.op_kwargs)
+                return super().execute(context)
         finally:
             self._running = False
-            if not self.dest:
-                shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def _folder(self) -> Iterator[str]:
+        with permanent_errors_fail_the_task():
+            cache_dir = rendered_or_none("cache_dir", self.cache_dir)
+        if cache_dir:
+            yield os.path.expanduser(cache_dir)
+        else:
+            with _temporary_directory() as folder:
+                yield folder
 
     def on_kill(self) -> None:
         """End the download or the function, so that the temporary directory is removed.
@@ -136,14 +165,50 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
                 dataclasses.replace(ref, mount_path=None),
                 cache_dir=folder,
                 client=client,
-                user_project=self.user_project,
+                user_project=rendered_or_none("user_project", self.user_project),
             )
 
         return fetch
 
 
+@contextmanager
+def _temporary_directory() -> Iterator[str]:
+    """Own a directory for one run of a task; remove those that killed runs have left.
+
+    A run locks its directory before it puts anything there, and the lock ends with its process. So
+    a directory that holds something and is not locked belongs to no run.
+    """
+    with os.scandir(tempfile.gettempdir()) as entries:
+        for entry in entries:
+            if entry.name.startswith(_TEMPORARY) and entry.is_dir(follow_symlinks=False):
+                _remove_unless_in_use(entry.path)
+    folder = tempfile.mkdtemp(prefix=_TEMPORARY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # there are file systems without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_unless_in_use(folder: str) -> None:
+    with suppress(OSError):  # another user's, in use, or removed meanwhile
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.listdir(descriptor):
+                shutil.rmtree(folder)
+                _log.info("Removed what a killed task left: %s", folder)
+        finally:
+            os.close(descriptor)
+
+
 class PathsForRefs:
     """Puts paths where refs are; a value without refs is returned itself, not a copy.
+
+    A container inside itself is left as it is.
 
     Args:
         fetch: returns the path for a ref; called once for each dataset.
@@ -152,17 +217,30 @@ class PathsForRefs:
     def __init__(self, fetch: Callable[[DataRef], str]) -> None:
         self._fetch = fetch
         self._fetched: dict[tuple[str, bool], str] = {}
+        self._entered: set[int] = set()  # ids of the containers around the current value
+        self._warned = False
 
     def put_into(self, value: Any) -> Any:
+        if isinstance(value, str):
+            self._warn_of_text(value)
+            return value
         if is_data_ref(value):
             return self._path(parse_data_ref(value))
         if isinstance(value, dict):
-            return self._put_items(value, value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return self._put_fields(value)
-        if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
-            return self._put_elements(value)
-        return value
+            put: Callable[[Any], Any] = self._put_items
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            put = self._put_fields
+        elif isinstance(value, list | tuple) or _is_lazy(value):
+            put = self._put_elements
+        else:
+            return value
+        if id(value) in self._entered:
+            return value
+        self._entered.add(id(value))
+        try:
+            return put(value)
+        finally:
+            self._entered.remove(id(value))
 
     def _path(self, ref: DataRef) -> str:
         key = ref.gcs_uri, ref.is_dir
@@ -170,12 +248,22 @@ class PathsForRefs:
             self._fetched[key] = self._fetch(ref)
         return self._fetched[key]
 
-    def _changes(self, items: dict[Any, Any]) -> dict[Any, Any]:
-        new = {key: self.put_into(item) for key, item in items.items()}
-        return {key: item for key, item in new.items() if item is not items[key]}
+    def _warn_of_text(self, text: str) -> None:
+        if self._warned or not (what := _what_it_spells(text)):
+            return
+        self._warned = True
+        _log.warning(
+            "Not downloaded: an argument is %s, as text. Pass the ref itself, such as "
+            "upload.output, or make_data_ref(uri, is_dir): %.200s",
+            what,
+            text,
+        )
 
-    def _put_items(self, value: Any, items: dict[Any, Any]) -> Any:
-        changes = self._changes(items)
+    def _changes(self, items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+        return {key: new for key, old in items if (new := self.put_into(old)) is not old}
+
+    def _put_items(self, value: dict[Any, Any]) -> Any:
+        changes = self._changes(value.items())
         if not changes:
             return value
         changed = copy(value)  # an OrderedDict or a defaultdict stays one
@@ -184,7 +272,7 @@ class PathsForRefs:
 
     def _put_fields(self, value: Any) -> Any:
         names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
-        changes = self._changes({name: getattr(value, name) for name in names})
+        changes = self._changes((name, getattr(value, name)) for name in names)
         if not changes:
             return value
         # Not dataclasses.replace: it calls __init__, which may want or do other things.
@@ -194,10 +282,12 @@ class PathsForRefs:
         return changed
 
     def _put_elements(self, value: Sequence[Any]) -> Any:
-        old = list(value)
-        new = [self.put_into(item) for item in old]
-        if all(one is other for one, other in zip(old, new, strict=True)):
+        # Airflow's lazy sequence fetches its elements anew each time.
+        old = value if isinstance(value, list | tuple) else list(value)
+        changes = self._changes(enumerate(old))
+        if not changes:
             return value
+        new = [changes.get(index, item) for index, item in enumerate(old)]
         if isinstance(value, tuple):
             make = getattr(value, "_make", type(value))  # namedtuples take their fields one by one
             return make(new)
@@ -206,3 +296,22 @@ class PathsForRefs:
             changed[:] = new
             return changed
         return new
+
+
+def _is_lazy(value: Any) -> bool:
+    """Return whether it is a sequence of what mapped tasks have pushed, which Airflow fetches.
+
+    Other sequences, such as a range, may be long, and hold no refs.
+    """
+    return isinstance(value, Sequence) and type(value).__module__.startswith("airflow.")
+
+
+def _what_it_spells(text: str) -> str | None:
+    """Return what was probably meant by a text that is not looked into; None for any other."""
+    if "__data_ref__" in text:
+        return "a data ref"
+    if text.startswith("gs://"):
+        with suppress(InvalidInputError):
+            if cache_key_from_uri(text):
+                return "the URI of a dataset"
+    return None

@@ -11,16 +11,29 @@ from keras_remote_airflow._compat import (
     Context,
     XComArg,
 )
-from keras_remote_airflow.assets import fill_outlet_events, is_work_of_an_earlier_try
+from keras_remote_airflow.arguments import (
+    check_mount_path,
+    rendered,
+    rendered_or_none,
+    to_template,
+)
+from keras_remote_airflow.assets import (
+    check_outlets,
+    fill_outlet_events,
+    is_work_of_an_earlier_try,
+)
 from keras_remote_airflow.connection import connect
 from keras_remote_airflow.core.errors import InvalidInputError
-from keras_remote_airflow.core.layout import get_layout
+from keras_remote_airflow.core.layout import CacheKey, Layout, get_layout
+from keras_remote_airflow.core.progress import format_bytes, format_files
 from keras_remote_airflow.core.refs import DataRef
 from keras_remote_airflow.failures import permanent_errors_fail_the_task
 from keras_remote_airflow.links import DatasetLink
 from keras_remote_airflow.metrics import count_upload
 
 if TYPE_CHECKING:
+    import os
+
     from keras_remote_airflow.core.data import Data
     from keras_remote_airflow.core.datasets.lookup import Verify
     from keras_remote_airflow.core.datasets.upload import UploadResult
@@ -38,7 +51,9 @@ class DataUploadOperator(BaseOperator):
 
     XComs: `return_value` is the ref, a plain dict (see `core.refs`), each of its fields is pushed
     too (`upload.output["gcs_uri"]` works), and `upload_stats` is {"content_hash", "cache_hit",
-    "files", "bytes", "uploaded_files", "uploaded_bytes", "seconds"}.
+    "files", "bytes", "uploaded_files", "uploaded_bytes", "seconds", "fingerprint"}. `gs://` data
+    has a fingerprint in place of a content hash: what `core.datasets.remote.list_source` makes of
+    names, sizes and checksums.
 
     Outlets: an `AssetAlias` (Airflow 2: `DatasetAlias`) gets an event only when the data is new,
     so a DAG scheduled on it runs once per changed dataset; an `Asset` gets one on every success,
@@ -50,14 +65,17 @@ class DataUploadOperator(BaseOperator):
 
     A kill or `execution_timeout` stops the transfer; nothing is published, and a retry uploads
     only what is missing. Errors that stay true (bad input, a conflict, an unreadable marker) fail
-    the task at once; refusals and outages of Cloud Storage are left to the task's `retries`.
+    the task at once; refusals and outages of Cloud Storage are left to the task's `retries`, and so
+    is data with too few files, because a mount may come back.
 
     Args:
         data: path of a file or directory on the worker, or a `gs://` URI. It is only looked at
-            when the task runs. Templated.
+            when the task runs. One task uploads one dataset; for a list use `.expand(data=...)`.
+            Templated.
         bucket_name: bare name of an existing bucket. Templated.
         namespace_prefix: first part of every object name. Templated.
-        mount_path: where a training job should see the data; passed on in the ref. Templated.
+        mount_path: where a training job should see the data; passed on in the ref. Not with layout
+            "kinetic", whose runner would take it to mean that the data is there. Templated.
         gcp_conn_id, impersonation_chain, user_project: see `connection`. Templated.
         layout: "keras_remote", or "kinetic" to share the cache with keras-kinetic. Templated.
         verify: how much of the listing a hit is checked against: "page" (the first 1,000 objects,
@@ -65,6 +83,9 @@ class DataUploadOperator(BaseOperator):
         hash_index: file on the worker that remembers the hashes of unchanged files, see
             `core.disk.index`; None takes the worker's `KERAS_REMOTE_HASH_INDEX`, or reads every
             file. Templated.
+        allow_empty: whether data without files may be published. It is often a volume that is not
+            mounted.
+        min_files: how many files there must be at least, for volumes that are mounted in part.
         on_cache_hit: "continue", or "skip": if the data is not new, the task ends as skipped, and
             Airflow skips what is downstream. The XComs are pushed either way.
         multiple_outputs: push each field of the ref as an XCom of its own too.
@@ -94,35 +115,44 @@ class DataUploadOperator(BaseOperator):
         data: "str | os.PathLike[str] | Data | XComArg",
         bucket_name: str | XComArg,
         namespace_prefix: str | XComArg = "default",
-        mount_path: str | XComArg | None = None,
+        mount_path: "str | os.PathLike[str] | XComArg | None" = None,
         gcp_conn_id: str | XComArg = "google_cloud_default",
         impersonation_chain: str | Sequence[str] | XComArg | None = None,
         user_project: str | XComArg | None = None,
         layout: "LayoutName | XComArg" = "keras_remote",
         verify: "Verify | XComArg" = "page",
-        hash_index: str | XComArg | None = None,
+        hash_index: "str | os.PathLike[str] | XComArg | None" = None,
+        allow_empty: bool = False,
+        min_files: int = 0,
         on_cache_hit: OnCacheHit = "continue",
         multiple_outputs: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(multiple_outputs=multiple_outputs, **kwargs)
-        # Any: the templates are rendered before `execute` reads these.
-        self.data: Any = data
-        self.bucket_name: Any = bucket_name
-        self.namespace_prefix: Any = namespace_prefix
-        self.mount_path: Any = mount_path
-        self.gcp_conn_id: Any = gcp_conn_id
-        self.impersonation_chain: Any = impersonation_chain
-        self.user_project: Any = user_project
-        self.layout: Any = layout
-        self.verify: Any = verify
-        self.hash_index: Any = hash_index
+        self.data = to_template("data", data)
+        self.bucket_name = to_template("bucket_name", bucket_name)
+        self.namespace_prefix = to_template("namespace_prefix", namespace_prefix)
+        self.mount_path = to_template("mount_path", mount_path)
+        self.gcp_conn_id = to_template("gcp_conn_id", gcp_conn_id)
+        self.impersonation_chain: Any = impersonation_chain  # a list is one chain
+        self.user_project = to_template("user_project", user_project)
+        self.layout = to_template("layout", layout)
+        self.verify = to_template("verify", verify)
+        self.hash_index = to_template("hash_index", hash_index)
+        self.allow_empty = allow_empty
+        self.min_files = min_files
         self.on_cache_hit = on_cache_hit
         if on_cache_hit not in get_args(OnCacheHit):
             raise InvalidInputError(
                 f"DataUploadOperator task {self.task_id!r}: unknown on_cache_hit "
                 f"{on_cache_hit!r}: expected one of {list(get_args(OnCacheHit))}"
             )
+        if type(allow_empty) is not bool or type(min_files) is not int:
+            raise InvalidInputError(
+                f"DataUploadOperator task {self.task_id!r}: allow_empty is {allow_empty!r} and "
+                f"min_files {min_files!r}: expected a bool and an int, these are not templated"
+            )
+        check_mount_path(layout, mount_path)
 
     if TYPE_CHECKING:
 
@@ -133,10 +163,12 @@ class DataUploadOperator(BaseOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         self._result = None
         with permanent_errors_fail_the_task():
-            result = self._result = self._upload()
+            layout = get_layout(rendered("layout", self.layout))
+            mount_path = rendered_or_none("mount_path", self.mount_path)
+            check_mount_path(layout.name, mount_path)
+            result = self._result = self._upload(layout)
         count_upload(result, {"dag_id": self.dag_id, "task_id": self.task_id})
-        layout = get_layout(self.layout)
-        ref = DataRef(result.gcs_uri, result.is_dir, self.mount_path, layout)
+        ref = DataRef(result.gcs_uri, result.is_dir, mount_path, layout)
         is_new = not result.cache_hit or is_work_of_an_earlier_try(context, result.published_at)
         fill_outlet_events(context, self.outlets, ref, result.content_hash, is_new=is_new)
         push = context["ti"].xcom_push
@@ -148,8 +180,9 @@ class DataUploadOperator(BaseOperator):
             for key, value in fields.items() if self.multiple_outputs else ():
                 push(key=key, value=value)
             raise AirflowSkipException(
-                "Skipping: nothing new, the data is published already. To train on it anyway, "
-                f"clear the downstream task: {result.gcs_uri}"
+                f"Skipping: nothing new in {format_files(result.files)} "
+                f"({format_bytes(result.bytes)}), they are published already. To train on them "
+                f"anyway, clear the downstream task: {result.gcs_uri}"
             )
         return fields
 
@@ -159,38 +192,49 @@ class DataUploadOperator(BaseOperator):
         On Airflow 2 `airflow tasks test --dry-run` calls this; Airflow 3 has no such option.
         """
         super().dry_run()
-        self._upload(dry_run=True)
+        self._upload(get_layout(rendered("layout", self.layout)), dry_run=True)
 
-    def _upload(self, *, dry_run: bool = False) -> "UploadResult":
-        from keras_remote_airflow.core.data import as_data
+    def _upload(self, layout: Layout, *, dry_run: bool = False) -> "UploadResult":
         from keras_remote_airflow.core.datasets.upload import upload
 
-        data = as_data(self.data)
+        data = self._data()
+        bucket_name = rendered("bucket_name", self.bucket_name)
+        namespace = rendered("namespace_prefix", self.namespace_prefix)
+        any_hash = "0" * 64
+        uri = CacheKey(bucket_name, namespace, any_hash, layout).gcs_uri
+        check_outlets(self.outlets, data.path if data.is_gcs else uri)
+        user_project = rendered_or_none("user_project", self.user_project)
         client = None
         if not data.is_gcs:
             client = connect(self.gcp_conn_id, self.impersonation_chain)
         self._transferring = True
         try:
             return upload(
-                self.bucket_name,
+                bucket_name,
                 data,
-                namespace_prefix=self.namespace_prefix,
+                namespace_prefix=namespace,
                 client=client,
-                user_project=self.user_project,
-                layout=self.layout,
+                user_project=user_project,
+                layout=layout.name,
                 verify=self.verify,
-                hash_index=self.hash_index,
+                hash_index=rendered_or_none("hash_index", self.hash_index),
+                allow_empty=self.allow_empty,
+                min_files=self.min_files,
                 dry_run=dry_run,
             )
         finally:
             self._transferring = False
 
+    def _data(self) -> "Data":
+        from keras_remote_airflow.core.data import Data
+
+        return self.data if isinstance(self.data, Data) else Data(rendered("data", self.data))
+
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:  # noqa: ARG002 - OpenLineage's signature
         """Return to Airflow's OpenLineage provider what was read and written."""
-        from keras_remote_airflow.core.data import as_data
         from keras_remote_airflow.lineage import describe_upload
 
-        return describe_upload(as_data(self.data).path, self._result)
+        return describe_upload(self._data().path, self._result)
 
     def on_kill(self) -> None:
         """Stop the transfer.

@@ -6,9 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from keras_remote_airflow import upload_data
-from keras_remote_airflow.assets import is_work_of_an_earlier_try
+from keras_remote_airflow import assets, upload_data
+from keras_remote_airflow._compat import Asset, AssetAlias, TriggeringEvent
+from keras_remote_airflow.assets import (
+    asset_uri,
+    is_work_of_an_earlier_try,
+    ref_from_triggering_event,
+)
 from keras_remote_airflow.core.data import Data
+from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.refs import make_data_ref
 
 DAGS = Path(__file__).parent / "dags"
@@ -62,19 +68,19 @@ def test_an_alias_has_events_for_new_data_only(
         uri = f"gs://test-bucket/{namespace}/data-cache/{content_hash}"
         return make_data_ref(uri, is_dir) | {"content_hash": content_hash}
 
-    on_gcs = make_data_ref("gs://elsewhere/a", False) | {"content_hash": None}
+    on_gcs = make_data_ref("gs://elsewhere/日本 #?a", False) | {"content_hash": None}
     events = asset_events("outlets")
     through_alias = {event.task: event for event in events if event.aliases}
     assert {task: event.extra for task, event in through_alias.items()} == {
         "miss": extra("default"),
         "dies": extra("dies"),  # its retry adds the event for the try that published
-        "many[0]": extra("many"),
-        "many[1]": extra("many", file_hash, is_dir=False),
+        "many[0]": extra("équipe"),
+        "many[1]": extra("équipe", file_hash, is_dir=False),
         "gcs": on_gcs,
     }
     for event in through_alias.values():
         assert event.aliases == ["new"]
-        assert event.uri == event.extra["gcs_uri"]
+        assert event.uri == asset_uri(event.extra["gcs_uri"])
     plain = {event.task: event.extra for event in events if not event.aliases}
     assert plain == {"miss": extra("default"), "hit": extra("default")}
     assert len(events) == len(through_alias) + len(plain)
@@ -84,6 +90,49 @@ def test_an_alias_has_events_for_new_data_only(
     assert ref | {"content_hash": folder_hash} == extra("default")
     assert gcs_uri == ref["gcs_uri"]
     assert (stats["cache_hit"], stats["content_hash"]) == (True, folder_hash)
+
+
+@pytest.mark.parametrize(
+    ("gcs_uri", "expected"),
+    [
+        ("gs://bucket/default/data-cache/aa", "gs://bucket/default/data-cache/aa"),
+        ("gs://bucket/a=b,c;d@e:f+g!$&'()*-._~", "gs://bucket/a=b,c;d@e:f+g!$&'()*-._~"),
+        ("gs://bucket/équipe", "gs://bucket/%C3%A9quipe"),
+        ("gs://bucket/a b?x#y%20/", "gs://bucket/a%20b%3Fx%23y%2520/"),
+    ],
+)
+def test_the_uri_of_an_asset_is_one_that_airflow_keeps(gcs_uri, expected):
+    assert asset_uri(gcs_uri) == expected
+    assert Asset(uri=expected).uri == expected.rstrip("/")
+
+
+EVENT = TriggeringEvent(
+    datetime(2026, 1, 31, tzinfo=UTC),
+    make_data_ref("gs://bucket/raw/", True),
+    {"gs://bucket/raw", "digits"},
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (None, True),
+        ("digits", True),
+        ("gs://bucket/raw/", True),
+        (AssetAlias("digits"), True),
+        (Asset(uri="gs://bucket/raw/"), True),
+        ("other", False),
+        (AssetAlias("other"), False),
+    ],
+    ids=str,
+)
+def test_a_source_is_an_alias_or_an_asset_or_its_name(monkeypatch, source, found):
+    monkeypatch.setattr(assets, "get_triggering_events", lambda context: [EVENT])
+    if found:
+        assert ref_from_triggering_event({}, source) == EVENT.extra
+    else:
+        with pytest.raises(InvalidInputError, match="no upload triggered this run"):
+            ref_from_triggering_event({}, source)
 
 
 BEGAN = datetime(2026, 1, 31, 12, 0, 0, 500_000, UTC)

@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import fcntl
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +58,8 @@ class Opaque:
 
 class Lazy(collections.abc.Sequence):
     """As Airflow hands over what a mapped task has pushed."""
+
+    __module__ = "airflow.sdk.execution_time.lazy_sequence"
 
     def __init__(self, *items):
         self.items = items
@@ -121,6 +125,47 @@ def test_what_holds_no_ref_that_is_looked_for_is_the_very_same_object(paths, val
     assert paths.fetched == []
 
 
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [(json.dumps(REF), "a data ref"), (repr(REF), "a data ref"), (REF["gcs_uri"], "URI of a data")],
+    ids=["json", "repr", "uri"],
+)
+def test_one_warning_says_what_to_pass_instead_of_text(paths, caplog, text, what):
+    assert paths.put_into(["gs://bucket/raw/", [text, text], {"x": text}])
+    (record,) = caplog.records
+    assert what in record.message
+    assert "upload.output" in record.message
+
+
+def test_a_container_inside_itself_is_left_as_it_is(paths):
+    plain: list[Any] = [1]
+    plain.append({"again": plain})
+    assert paths.put_into(plain) is plain
+    holds: list[Any] = [REF]
+    holds.append(holds)
+    found = paths.put_into(holds)
+    assert found[0] == "/local/a"
+    assert found[1] is holds
+
+
+def test_a_long_range_is_not_unrolled(paths):
+    value = {"epochs": range(10**9)}
+    assert paths.put_into(value) is value
+
+
+def test_what_a_killed_task_left_is_removed_by_the_next(call, uploaded, tmp_path):
+    left, in_use = (tmp_path / "tmp" / f"keras-remote-task-{name}" for name in ("left", "in-use"))
+    for folder in (left, in_use):
+        (folder / "data").mkdir(parents=True)
+    descriptor = os.open(in_use, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        _, remaining = call(task(lambda path: os.listdir(path), uploaded))
+    finally:
+        os.close(descriptor)
+    assert remaining == [in_use]
+
+
 def test_a_ref_that_occurs_twice_is_fetched_once(paths):
     value = {"a": REF, "b": [REF | {"mount_path": "/x"}], "c": OTHER}
     assert paths.put_into(value) == {"a": "/local/a", "b": ["/local/a"], "c": "/local/b"}
@@ -166,7 +211,7 @@ def test_other_gcs_data_is_kept_by_generation(call, gcs_server, tmp_path):
     for content in (b"1", b"1", b"2"):
         if not seen or content == b"2":
             gcs_server.put("test-bucket", "raw/a.txt", content)
-        path, temporary = call(task(lambda path: path, ref, dest=str(dest)))
+        path, temporary = call(task(lambda path: path, ref, cache_dir=str(dest)))
         assert temporary == []
         assert Path(path, "a.txt").read_bytes() == content
         seen.append(path)
@@ -183,13 +228,13 @@ def test_an_unusable_dest_fails_the_task_for_good(call, uploaded, tmp_path):
     taken.mkdir(parents=True)
     (taken / "mine.txt").write_text("precious")
     with pytest.raises(AirflowFailException, match="holds something else"):
-        call(task(lambda path: path, uploaded, dest=str(tmp_path / "dest")))
+        call(task(lambda path: path, uploaded, cache_dir=str(tmp_path / "dest")))
     assert (taken / "mine.txt").read_text() == "precious"
 
 
 def test_constructing_it_leaves_its_arguments_alone():
     arguments = {
-        "dest": "~/{{ 1 }}",
+        "cache_dir": "~/{{ 1 }}",
         "gcp_conn_id": "{{ 2 }}",
         "impersonation_chain": ("{{ 3 }}",),
         "user_project": "{{ 4 }}",

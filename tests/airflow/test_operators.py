@@ -3,13 +3,20 @@
 import logging
 import os
 from datetime import timedelta
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from keras_remote_airflow import Data, DataUploadOperator, metrics, upload_data
-from keras_remote_airflow._compat import AirflowFailException, AirflowSkipException
-from keras_remote_airflow.core.errors import StoreError
+from keras_remote_airflow._compat import AirflowFailException, AirflowSkipException, AssetAlias
+from keras_remote_airflow.core.errors import EmptyDataError, InvalidInputError, StoreError
+
+try:
+    from airflow.sdk import ObjectStoragePath
+except ImportError:  # Airflow 2
+    if not TYPE_CHECKING:
+        from airflow.io.path import ObjectStoragePath
 
 GOLDEN = "15d41417b45aa09c0450d8955b845bb278f2990728bcc5d919d62309a2c6ebee"
 
@@ -72,7 +79,16 @@ def test_gs_data_needs_neither_a_request_nor_a_connection(execute, gcs_server):
     ("arguments", "words"),
     [
         ({"data": "/no/such/path"}, "/no/such/path"),
-        ({"data": ""}, "must not be empty"),
+        ({"data": ""}, "data must not be empty"),
+        ({"data": "None"}, "data must not be empty"),
+        ({"data": None}, "data must not be empty"),
+        ({"bucket_name": "None"}, "bucket_name must not be empty"),
+        ({"namespace_prefix": ""}, "namespace_prefix must not be empty"),
+        ({"namespace_prefix": 1.1}, "namespace_prefix is 1.1, a float"),
+        (
+            {"namespace_prefix": "é" * 300, "outlets": [AssetAlias("new")]},
+            "asset URI too long: 1[0-9]{3} characters",
+        ),
         ({"bucket_name": "gs://test-bucket"}, "gs://test-bucket"),
         ({"namespace_prefix": "/"}, "namespace_prefix '/'"),
         ({"layout": "kinetik"}, "kinetik"),
@@ -84,6 +100,68 @@ def test_bad_input_fails_for_good(execute, gcs_server, dataset, arguments, words
         execute(upload(dataset, **arguments))
     assert isinstance(caught.value.__cause__, ValueError)
     assert gcs_server.objects("test-bucket") == {}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "words"),
+    [
+        ("data", ["/a", "/b"], r"data is a list of 2.*\.expand\(data="),
+        ("data", {"/a", "/b"}, r"data is a set of 2.*\.expand\(data="),
+        ("namespace_prefix", ("a", "b"), r"tuple of 2.*\.expand\(namespace_prefix="),
+        ("data", ObjectStoragePath("gs://bucket/data/"), "data is a path on gs://.*as text"),
+        ("data", ObjectStoragePath("s3://bucket/data/"), "data is a path on s3://"),
+        ("min_files", "3", "min_files '3': expected a bool and an int"),
+        ("min_files", True, "min_files True: expected a bool and an int"),
+        ("allow_empty", "{{ params.empty }}", "expected a bool and an int"),
+        ("on_cache_hit", "stop", "task 'upload': unknown on_cache_hit 'stop'"),
+    ],
+)
+def test_what_cannot_work_is_said_when_the_dag_is_parsed(argument, value, words):
+    with pytest.raises(InvalidInputError, match=words):
+        upload("/data", **{argument: value})
+
+
+def test_kinetic_gets_no_mount_path(execute, dataset, gcs_server):
+    with pytest.raises(InvalidInputError, match=r"without downloading.*'/data'"):
+        upload("/data", layout="kinetic", mount_path="/data")
+    task = upload(dataset, layout="{{ params.layout }}", mount_path="/data")
+    task.layout = "kinetic"  # what the template rendered
+    with pytest.raises(AirflowFailException, match="without downloading"):
+        execute(task)
+    assert gcs_server.requests == []
+    task.mount_path = "None"
+    assert execute(task)[0]["mount_path"] is None
+
+
+@pytest.mark.parametrize("make", [Path, lambda path: ObjectStoragePath(f"file://{path}")])
+def test_paths_become_text_in_template_fields(execute, dataset, make):
+    """Airflow 3 calls `resolve` of a path there, or refuses one that the parser does not have."""
+    task = upload(make(dataset), data=make(dataset), mount_path=PurePosixPath("/data"))
+    assert (task.data, task.mount_path) == (str(dataset), "/data")
+    assert execute(task)[0]["gcs_uri"].endswith(GOLDEN)
+
+
+def test_what_templates_render_of_nothing_and_of_digits_is_understood(execute, dataset, tmp_path):
+    task = upload(
+        dataset, namespace_prefix=20260131, mount_path="None", user_project="", hash_index="None"
+    )
+    ref, _ = execute(task)
+    assert ref["gcs_uri"] == f"gs://test-bucket/20260131/data-cache/{GOLDEN}"
+    assert ref["mount_path"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [({}, 1), ({"min_files": 3, "allow_empty": True}, 3)]
+)
+def test_too_few_files_are_left_to_retries_because_mounts_come_back(
+    execute, gcs_server, tmp_path, arguments, expected
+):
+    upload_data("test-bucket", str(tmp_path))  # that it is published makes no difference
+    gcs_server.clear_requests()
+    with pytest.raises(EmptyDataError, match=f"found 0 files, expected at least {expected}"):
+        execute(upload(tmp_path, **arguments))
+    assert gcs_server.requests == []
+    execute(upload(tmp_path, allow_empty=True))
 
 
 def test_a_refusal_is_left_to_the_tasks_retries(execute, gcs_server, dataset):
@@ -108,11 +186,6 @@ def test_a_hit_that_skips_has_pushed_all_that_one_that_continues_pushes(execute,
 def test_a_miss_does_not_skip(execute, dataset):
     ref, _ = execute(upload(dataset, on_cache_hit="skip"))
     assert ref["gcs_uri"].endswith(GOLDEN)
-
-
-def test_an_unknown_on_cache_hit_fails_when_the_dag_is_parsed():
-    with pytest.raises(ValueError, match=r"task 'upload': unknown on_cache_hit 'stop'"):
-        upload("/data", on_cache_hit="stop")
 
 
 def test_dry_run_says_what_would_be_uploaded_and_writes_nothing(gcs_server, dataset, caplog):

@@ -70,6 +70,8 @@ class UploadResult:
         seconds: how long it took, hashing included.
         published_at: for a hit, when its marker was written, RFC 3339 in UTC; None if the marker
             does not say. Not compared.
+        fingerprint: of data that was on Cloud Storage already, if it was looked at: see
+            `core.datasets.remote.list_source`.
     """
 
     gcs_uri: str
@@ -82,6 +84,7 @@ class UploadResult:
     uploaded_bytes: int = 0
     seconds: float = 0.0
     published_at: str | None = field(default=None, compare=False)
+    fingerprint: str | None = None
 
     def stats(self) -> dict[str, Any]:
         """Return the figures as the JSON-safe dict that DataUploadOperator pushes."""

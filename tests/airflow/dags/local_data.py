@@ -60,7 +60,7 @@ def never_runs(path):
     raise RuntimeError("unreachable")
 
 
-@task.local_data(dest="{{ params.dest }}")
+@task.local_data(cache_dir="{{ params.dest }}")
 def keep(path):
     return path
 

@@ -50,7 +50,11 @@ def outlets():
         task_id="skips", data=DATA, outlets=[ALIAS, PLAIN], on_cache_hit="skip", **BUCKET
     )
     gcs = DataUploadOperator(
-        task_id="gcs", data="gs://elsewhere/a", outlets=[ALIAS], on_cache_hit="skip", **BUCKET
+        task_id="gcs",
+        data="gs://elsewhere/日本 #?a",
+        outlets=[ALIAS],
+        on_cache_hit="skip",
+        **BUCKET,
     )
     # In a namespace of its own, so that what it uploads is new.
     dies = DiesOnceItHasPublished(
@@ -72,7 +76,7 @@ def outlets():
         **RETRY,
     )
     many = DataUploadOperator.partial(
-        task_id="many", namespace_prefix="many", outlets=[ALIAS], **BUCKET
+        task_id="many", namespace_prefix="équipe", outlets=[ALIAS], **BUCKET
     ).expand(data=[DATA, FILE])
 
     @task

@@ -1,0 +1,88 @@
+"""Arguments of tasks, as DAG authors pass them and as templates render them.
+
+`to_template` is for `__init__`, `rendered` and `rendered_or_none` are for `execute`.
+"""
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+from keras_remote_airflow.core.errors import InvalidInputError
+from keras_remote_airflow.core.layout import KINETIC
+
+
+def to_template(name: str, value: Any) -> Any:
+    """Return an argument as it may stand in a template field; paths become text.
+
+    Airflow 3 would call `resolve` of a `pathlib.Path`, or look whether it exists where the DAG is
+    parsed.
+
+    Args:
+        name: the argument's.
+        value: text, an `os.PathLike`, an ObjectStoragePath, a `Data`, the output of a task, None.
+
+    Raises:
+        InvalidInputError: it is a list or another collection, or a path that is not local.
+    """
+    protocol = getattr(value, "protocol", None)  # that of ObjectStoragePath and of other UPaths
+    if isinstance(protocol, str):
+        if protocol not in ("", "file"):
+            hint = "Pass the URI as text" if protocol == "gs" else "Only local files are read"
+            raise InvalidInputError(
+                f"{name} is a path on {protocol}://, expected a local path or text. {hint}: {value}"
+            )
+        return value.path
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    _refuse_several(name, value)
+    return value
+
+
+def rendered_or_none(name: str, value: Any) -> str | None:
+    """Return the text of a rendered argument, or None if the template was empty.
+
+    A template renders None as "None", and with `render_template_as_native_obj=True` digits as an
+    int.
+
+    Raises:
+        InvalidInputError: it is neither text nor a whole number.
+    """
+    if value is None or value in ("", "None"):
+        return None
+    if isinstance(value, str):
+        return value
+    if type(value) is int:
+        return str(value)
+    _refuse_several(name, value)
+    raise InvalidInputError(
+        f"{name} is {value!r}, a {type(value).__name__}; expected text. If a template rendered it, "
+        "see render_template_as_native_obj of the DAG."
+    )
+
+
+def rendered(name: str, value: Any) -> str:
+    """Return what `rendered_or_none` returns; raise InvalidInputError for None."""
+    text = rendered_or_none(name, value)
+    if text is None:
+        raise InvalidInputError(
+            f"{name} must not be empty, found {value!r}. Is the template empty?"
+        )
+    return text
+
+
+def check_mount_path(layout: Any, mount_path: Any) -> None:
+    """Raise InvalidInputError for a mount path in a ref of layout "kinetic"."""
+    if layout == KINETIC.name and mount_path:
+        raise InvalidInputError(
+            "layout='kinetic' takes no mount_path: keras-kinetic's runner would return it without "
+            f"downloading anything. Leave out mount_path={mount_path!r}; where it is needed, "
+            "gcsfuse_pod_kwargs and materialize_pod_kwargs take it themselves."
+        )
+
+
+def _refuse_several(name: str, value: Any) -> None:
+    if isinstance(value, Collection) and not isinstance(value, str | bytes):
+        raise InvalidInputError(
+            f"{name} is a {type(value).__name__} of {len(value)}: a task takes one. For a task "
+            f"each, use .partial(…).expand({name}=…)."
+        )
