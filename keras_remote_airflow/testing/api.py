@@ -245,7 +245,7 @@ class Api:
             "Last-Modified": formatdate(stored.updated / 1e6, usegmt=True),
             "X-Goog-Generation": str(stored.generation),
             "X-Goog-Metageneration": str(stored.metageneration),
-            "X-Goog-Hash": f"crc32c={stored.crc32c}" + (f",md5={stored.md5}" if stored.md5 else ""),
+            "X-Goog-Hash": stored.hash_header,
             "X-Goog-Storage-Class": "STANDARD",
             "X-Goog-Stored-Content-Length": str(stored.size),
             "X-Goog-Stored-Content-Encoding": "identity",

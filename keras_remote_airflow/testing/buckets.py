@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from .bodies import MD5_UP_TO_BYTES, Body, Spool, md5_of
+from .bodies import Body, FileBody
 from .errors import ApiError, forbidden, invalid, not_found, required
 from .folder import Folder
 from .objects import NewObject, StoredObject, check_preconditions
@@ -130,10 +130,12 @@ class Buckets:
 
     # Objects.
 
-    def spool(self, bucket: str) -> Spool:
+    def new_body(self, bucket: str) -> Body:
         """Where the bytes of an upload to `bucket` may go as they arrive."""
         self[bucket]  # 404 if there is none
-        return Spool(None if self._folder is None else self._folder.data_directory(bucket))
+        if self._folder is None:
+            return Body()
+        return FileBody.create(self._folder.data_directory(bucket))
 
     def get(self, bucket: str, name: str, generation: str | None = None) -> StoredObject:
         found = self[bucket].objects.get(name)
@@ -169,19 +171,14 @@ class Buckets:
                 f"{datetime.fromtimestamp(until / 1e6, UTC).isoformat()}",
             )
 
-    def put(self, bucket: str, new: NewObject, spool: Spool) -> StoredObject:
-        """Store the spooled bytes, overwriting what is there; 400 if a declared hash differs."""
-        if self.checks_hashes and new.crc32c not in (None, spool.crc32c):
-            raise invalid(
-                f'Provided CRC32C "{new.crc32c}" doesn\'t match calculated CRC32C "{spool.crc32c}".'
-            )
-        body = spool.finish()
-        md5 = md5_of(body) if new.md5 is not None or body.size <= MD5_UP_TO_BYTES else None
-        if self.checks_hashes and new.md5 not in (None, md5):
-            raise invalid(
-                f'Provided MD5 hash "{new.md5}" doesn\'t match calculated MD5 hash "{md5}".'
-            )
-        return self._keep(self[bucket], new, body, spool.crc32c, md5)
+    def put(self, bucket: str, new: NewObject, body: Body) -> StoredObject:
+        """Store bytes, overwriting what is there; 400 if a declared hash differs."""
+        stored = self._stored(bucket, new, body, body.crc32c)
+        if self.checks_hashes:
+            _check_hash("CRC32C", new.crc32c, stored.crc32c)
+            if new.md5 is not None:
+                _check_hash("MD5 hash", new.md5, stored.md5)
+        return self._keep(stored)
 
     def delete(self, stored: StoredObject) -> None:
         bucket = self[stored.bucket]
@@ -203,24 +200,23 @@ class Buckets:
 
     def compose(self, bucket: str, new: NewObject, sources: Iterable[StoredObject]) -> StoredObject:
         """Concatenate objects into one. A composite object has no MD5."""
-        spool = self.spool(bucket)
+        body = self.new_body(bucket)
         parts = 0
         for source in sources:
             parts += source.component_count or 1
             for piece in source.body.read():
-                spool.write(piece)
-        return self._keep(self[bucket], new, spool.finish(), spool.crc32c, None, parts)
+                body.write(piece)
+        return self._keep(self._stored(bucket, new, body, body.crc32c, component_count=parts))
 
     def copy(self, source: StoredObject, bucket: str, new: NewObject) -> StoredObject:
         """Store the same bytes under another name (or over the same one)."""
         body = source.body
         if self._folder is not None:
-            spool = self.spool(bucket)
+            body = self.new_body(bucket)
             for piece in source.body.read():
-                spool.write(piece)
-            body = spool.finish()
-        holder = self[bucket]
-        return self._keep(holder, new, body, source.crc32c, source.md5, source.component_count)
+                body.write(piece)
+        count = source.component_count
+        return self._keep(self._stored(bucket, new, body, source.crc32c, component_count=count))
 
     def time(self) -> int:
         """Microseconds since the epoch by this server's clock."""
@@ -233,26 +229,25 @@ class Buckets:
         self._clock = max(self._clock + 1, self.time())
         return self._clock
 
-    def _keep(
+    def _stored(
         self,
-        bucket: Bucket,
+        bucket: str,
         new: NewObject,
         body: Body,
         crc32c: str,
-        md5: str | None,
         component_count: int | None = None,
     ) -> StoredObject:
+        """An object that is not in its bucket yet."""
         now = self._now()
         settings = new.settings
-        if bucket.settings.get("defaultEventBasedHold"):
+        if self[bucket].settings.get("defaultEventBasedHold"):
             settings = {"eventBasedHold": True, **settings}
-        stored = StoredObject(
-            bucket.name,
+        return StoredObject(
+            bucket,
             new.name,
             body,
             generation=now,
             crc32c=crc32c,
-            md5=md5,
             content_type=new.content_type,
             metadata=new.metadata,
             settings=settings,
@@ -260,10 +255,13 @@ class Buckets:
             created=now,
             updated=now,
         )
+
+    def _keep(self, stored: StoredObject) -> StoredObject:
+        bucket = self[stored.bucket]
         self._save_object(stored)
-        before = bucket.objects.get(new.name)
+        before = bucket.objects.get(stored.name)
         bucket.add(stored)
-        if before is not None and before.body is not body:
+        if before is not None and before.body is not stored.body:
             before.body.discard()
         return stored
 
@@ -284,6 +282,11 @@ class Buckets:
                 stored = StoredObject(bucket=bucket.name, body=body, **values)
                 bucket.add(stored)
                 self._clock = max(self._clock, stored.generation, stored.updated)
+
+
+def _check_hash(kind: str, declared: str | None, actual: str | None) -> None:
+    if declared not in (None, actual):
+        raise invalid(f'Provided {kind} "{declared}" doesn\'t match calculated {kind} "{actual}".')
 
 
 def _fields(value: Bucket | StoredObject, *without: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Folder:
             # Only the last component: an edited JSON file must not lead out of the folder.
             file = data / Path(fields.pop("file")).name
             named.add(file.name)
-            yield fields, FileBody(file, file.stat().st_size)
+            yield fields, FileBody(file)
         for file in data.iterdir():
             if file.name not in named:
                 file.unlink()

@@ -157,10 +157,10 @@ class StorageServer:
         """Store an object, overwriting what is there."""
         check_name(name)
         with self._lock:
-            spool = self._buckets.spool(bucket)
-            spool.write(bytes(data))
+            body = self._buckets.new_body(bucket)
+            body.write(bytes(data))
             new = NewObject(name, metadata=None if metadata is None else dict(metadata))
-            return dataclasses.replace(self._buckets.put(bucket, new, spool))
+            return dataclasses.replace(self._buckets.put(bucket, new, body))
 
     def delete(self, bucket: str, name: str) -> None:
         with self._lock:

@@ -1,35 +1,49 @@
-"""Uploads: where the bytes of a simple, a multipart or a resumable one go as they arrive.
+"""Uploads: simple, multipart and resumable ones.
 
-https://cloud.google.com/storage/docs/uploads-downloads#uploads
+https://cloud.google.com/storage/docs/uploads-downloads#uploads. The bytes of a simple or a
+resumable upload go to their object's body as they arrive. A multipart upload, which clients use for
+small files, is taken apart when it is whole.
 """
 
+import functools
+import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 from urllib.parse import quote, urlencode
 
-from .bodies import Spool
+from .bodies import Body
 from .buckets import Buckets
 from .calls import Call, Receiver, Reply, parse_json
 from .errors import ApiError, invalid, not_allowed, not_found
-from .multipart import RelatedReader, boundary_of
 from .objects import NewObject, declared_hashes, whole_number
 from .resources import object_reply
-from .resumable import ContentRange, SessionWrite, UploadSession
 from .unsupported import refuse_object_settings
+
+COMMIT_BYTES = 256 * 1024  # chunks of a resumable upload but the last are multiples of this
+
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+|\*)|\*)/(\d+|\*)")
+# Single quotes are no quotes in RFC 2045, but clients send them and Cloud Storage takes them.
+_BOUNDARY = re.compile(
+    r"""multipart/.*;\s*boundary=(?:"([^"]+)"|'([^']+)'|([^;\s"']+))""", re.IGNORECASE
+)
+# What may follow a delimiter (RFC 2046, 5.1.1).
+_AFTER_DELIMITER = re.compile(rb"--|[ \t]*\r?\n")
+_PART_TYPE = re.compile(rb"^content-type:[ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 
 
 class Uploads:
-    """Begins uploads and keeps the sessions of resumable ones."""
+    """Receives uploads and keeps the sessions of resumable ones."""
 
     def __init__(self, buckets: Buckets) -> None:
         self._buckets = buckets
-        self._sessions: dict[str, UploadSession] = {}
+        self._sessions: dict[str, _Session] = {}
 
     def close(self) -> None:
         """Drop unfinished uploads."""
         for session in self._sessions.values():
-            session.spool.discard()
+            session.body.discard()
         self._sessions.clear()
 
     def receive(self, call: Call, bucket: str) -> Receiver:
@@ -40,46 +54,61 @@ class Uploads:
         if call.method in ("POST", "PUT"):
             if upload_type == "resumable":
                 return Receiver(lambda: self._start_session(call, bucket), call.body.extend)
-            if upload_type in ("media", "multipart"):
-                media = _MediaUpload(self, call, bucket)
-                return Receiver(media.answer, media.write, media.abort)
+            if upload_type == "multipart":
+                return Receiver(lambda: self._multipart(call, bucket), call.body.extend)
+            if upload_type == "media":
+                resource = {"contentType": call.headers.get("content-type")}
+                new = NewObject.from_resource(resource, call.query)
+                new = new.with_hashes(declared_hashes(call.headers, of_body=True))
+                body = self._open(call, bucket, new)
+                return Receiver(
+                    lambda: self._finish(call, bucket, new, body, call.query),
+                    body.write,
+                    body.discard,
+                )
         raise invalid(f"Invalid upload request: {call.method} with uploadType {upload_type!r}")
 
-    def open(self, call: Call, bucket: str, new: NewObject) -> Spool:
+    def _multipart(self, call: Call, bucket: str) -> Reply:
+        metadata, content_type, media = _split(call.body, call.headers.get("content-type", ""))
+        new = _new_object(call, metadata, content_type)
+        body = self._open(call, bucket, new)
+        body.write(media)
+        return self._finish(call, bucket, new, body, call.query)
+
+    def _open(self, call: Call, bucket: str, new: NewObject) -> Body:
         """Where an object's bytes go, if it could be written now: a refused one costs nothing."""
         call.object_name = new.name
         self._buckets.check_write(bucket, new.name, call.query)
-        return self._buckets.spool(bucket)
+        return self._buckets.new_body(bucket)
 
-    def finish(
-        self, call: Call, bucket: str, new: NewObject, spool: Spool, query: Mapping[str, str]
+    def _finish(
+        self, call: Call, bucket: str, new: NewObject, body: Body, query: Mapping[str, str]
     ) -> Reply:
-        """All bytes are there: make the object. After an ApiError the caller discards the bytes."""
-        self._buckets.check_write(bucket, new.name, query)
-        stored = self._buckets.put(bucket, new, spool)
+        """All bytes are there: make the object."""
+        try:
+            self._buckets.check_write(bucket, new.name, query)
+            stored = self._buckets.put(bucket, new, body)
+        except ApiError:
+            body.discard()
+            raise
         return object_reply(call, stored, self._buckets[bucket])
 
-    # Sessions.
+    # Sessions: https://cloud.google.com/storage/docs/performing-resumable-uploads
 
     def _start_session(self, call: Call, bucket: str) -> Reply:
-        headers = call.headers
-        new = _new_object(call, call.body).with_hashes(declared_hashes(headers))
-        if new.content_type is None:
-            new = replace(new, content_type=headers.get("x-upload-content-type"))
+        new = _new_object(call, call.body, call.headers.get("x-upload-content-type"))
         upload_id = uuid.uuid4().hex
-        self._sessions[upload_id] = UploadSession(
+        self._sessions[upload_id] = _Session(
             bucket=bucket,
             new=new,
             query=call.query,
-            spool=self.open(call, bucket, new),
-            declared_size=whole_number(headers, "x-upload-content-length"),
+            body=self._open(call, bucket, new),
+            declared_size=whole_number(call.headers, "x-upload-content-length"),
         )
         query = {"uploadType": "resumable", "name": new.name, "upload_id": upload_id}
         if "userProject" in call.query:
             query["userProject"] = call.query["userProject"]
-        path = (
-            f"/upload/storage/v1/b/{quote(bucket)}/o?{urlencode(query, safe='', quote_via=quote)}"
-        )
+        path = f"/upload/storage/v1/b/{bucket}/o?{urlencode(query, safe='', quote_via=quote)}"
         headers = {"Location": call.base_url + path, "X-GUploader-UploadID": upload_id}
         return Reply(200, headers)
 
@@ -95,18 +124,18 @@ class Uploads:
         if session.finished is not None:
             finished = session.finished
             return Receiver(lambda: finished)
-        header = call.headers.get("content-range")
-        part = session.begin(None if header is None else ContentRange.parse(header))
+        if session.transfer is not None:
+            session.transfer.abort()
+        part = session.transfer = _SessionWrite(session, call.headers.get("content-range"))
         return Receiver(lambda: self._put(call, session, part), part.write, part.abort)
 
     def _cancel_session(self, call: Call) -> Reply:
-        """https://cloud.google.com/storage/docs/performing-resumable-uploads#cancel-upload"""
         session = self._sessions.pop(call.query["upload_id"], None)
         if session is not None:
-            session.spool.discard()
+            session.body.discard()
         return Reply(499)
 
-    def _put(self, call: Call, session: UploadSession, part: SessionWrite) -> Reply:
+    def _put(self, call: Call, session: "_Session", part: "_SessionWrite") -> Reply:
         """The body of a PUT to a session is whole."""
         if not part.end(call.body_bytes):
             return session.status(call.headers)
@@ -114,68 +143,195 @@ class Uploads:
             call.query.setdefault("fields", session.query["fields"])
         try:
             new = session.new.with_hashes(declared_hashes(call.headers, of_body=True))
-            reply = self.finish(call, session.bucket, new, session.spool, session.query)
+            reply = self._finish(call, session.bucket, new, session.body, session.query)
         except ApiError:
             self._cancel_session(call)
             raise
-        session.finish(reply)
+        session.finished = reply
+        session.body = Body()  # the bytes are the object's own now
         return reply
 
 
-class _MediaUpload:
-    """A simple or a multipart upload: its whole body is one request's."""
+@dataclass(slots=True)
+class _Session:
+    """One upload: the bytes received so far, and what is to become of them.
 
-    def __init__(self, uploads: Uploads, call: Call, bucket: str) -> None:
-        self._uploads = uploads
-        self._call = call
-        self._bucket = bucket
-        self._new: NewObject | None = None
-        self._spool: Spool | None = None
-        self._reader: RelatedReader | None = None
-        content_type = call.headers.get("content-type")
-        if call.query["uploadType"] == "multipart":
-            self._reader = RelatedReader(boundary_of(content_type or ""), self._open_part)
-        else:
-            new = NewObject.from_resource({"contentType": content_type}, call.query)
-            self._open(new.with_hashes(declared_hashes(call.headers, of_body=True)))
+    `query` is that of the request that began it: its preconditions and `fields` still hold at the
+    end. `finished` is the answer to the last PUT, for clients that ask again.
+    """
+
+    bucket: str
+    new: NewObject
+    query: Mapping[str, str]
+    body: Body
+    declared_size: int | None
+    transfer: "_SessionWrite | None" = None
+    finished: Reply | None = None
+
+    @property
+    def resumable_size(self) -> int:
+        """Bytes that would survive if the current request broke off."""
+        return self.body.size // COMMIT_BYTES * COMMIT_BYTES
+
+    def status(self, headers: Mapping[str, str]) -> Reply:
+        """The answer while bytes are missing: how many are there."""
+        kept = self.resumable_size
+        reply = Reply(308, {"Range": f"bytes=0-{kept - 1}"} if kept else {})
+        if headers.get("x-guploader-no-308", "").lower() == "yes":
+            reply.status = 200
+            reply.headers["X-HTTP-Status-Code-Override"] = "308"
+        return reply
+
+
+class _SessionWrite:
+    """One PUT to a session; stale once the next one has begun.
+
+    Its `Content-Range` may say `*` for the first byte (the body is empty: how far is the upload?),
+    for the last (the body is the rest of the object) and for the total (not known yet). A range
+    that starts before the received size is taken and its known bytes are skipped; one that starts
+    after it is refused with 503, as Cloud Storage does.
+    """
+
+    def __init__(self, session: _Session, content_range: str | None) -> None:
+        self._session = session
+        self._start = session.body.size
+        found = _CONTENT_RANGE.fullmatch("bytes 0-*/*" if content_range is None else content_range)
+        if found is None:
+            raise invalid("Failed to parse Content-Range header.")
+        self._first, self._last, self._total = (
+            None if text in (None, "*") else int(text) for text in found.groups()
+        )
+        first = self._start if self._first is None else self._first
+        self._skip = self._start - first
+        if self._last is not None and not first <= self._last < (self._total or self._last + 1):
+            raise invalid("Failed to parse Content-Range header.")
+        if self._skip < 0:
+            raise ApiError(
+                503,
+                "backendError",
+                "Invalid request.  According to the Content-Range header, the upload offset is "
+                f"{first} byte(s), which exceeds already uploaded size of {self._start} byte(s).",
+                plain=True,
+            )
+        if None not in (self._total, session.declared_size) and (
+            self._total != session.declared_size
+        ):
+            raise invalid(
+                f"The total of {self._total} bytes in Content-Range is not the "
+                f"{session.declared_size} bytes declared when the upload began."
+            )
 
     def write(self, data: bytes) -> None:
-        if self._reader is not None:
-            self._reader.write(data)
-        elif self._spool is not None:
-            self._spool.write(data)
+        """Bytes as they arrive; those the session already has are skipped."""
+        if self._session.transfer is self:
+            skipped = min(self._skip, len(data))
+            self._skip -= skipped
+            self._session.body.write(data[skipped:])
 
     def abort(self) -> None:
-        if self._spool is not None:
-            self._spool.discard()
+        """The request broke off: what arrived is kept down to a multiple of 256 KiB."""
+        if self._session.transfer is self:
+            self._session.transfer = None
+            self._session.body.truncate(self._session.resumable_size)
 
-    def answer(self) -> Reply:
-        call = self._call
-        try:
-            if self._reader is not None:
-                self._reader.end()
-            if self._new is None or self._spool is None:
-                raise invalid("The upload has no bytes.")
-            return self._uploads.finish(call, self._bucket, self._new, self._spool, call.query)
-        except ApiError:
-            self.abort()
-            raise
+    def end(self, body_bytes: int) -> bool:
+        """The request's body is whole; True when the object is complete.
 
-    def _open_part(self, metadata: bytes, headers: dict[str, str]) -> Spool:
-        """The media part of a multipart upload begins."""
-        new = _new_object(self._call, metadata).with_hashes(declared_hashes(self._call.headers))
-        if new.content_type is None:
-            new = replace(new, content_type=headers.get("content-type"))
-        return self._open(new)
+        Raises:
+            ApiError: 400 when body and Content-Range disagree, or when a chunk that is not the
+                last is no multiple of 256 KiB; nothing of this request is kept.
+        """
+        if self._session.transfer is not self:
+            message = "Another request took over this upload."
+            raise ApiError(503, "backendError", message, plain=True)
+        self._session.transfer = None
+        if self._first is None:
+            return self._total == self._session.body.size
+        if self._last is None:
+            return True
+        expected = self._last - self._first + 1
+        is_last = self._total == self._last + 1
+        if body_bytes == expected and (is_last or expected % COMMIT_BYTES == 0):
+            return is_last
+        self._session.body.truncate(self._start)
+        if body_bytes != expected:
+            problem = (
+                f"There were {body_bytes} byte(s) in the request body.  There should have been "
+                f"{expected} byte(s) (starting at offset {self._first} and ending at offset "
+                f"{self._last}) according to the Content-Range header."
+            )
+        else:
+            problem = (
+                "The number of bytes uploaded is required to be equal or greater than "
+                f"{COMMIT_BYTES}, except for the final request (it's recommended to be the exact "
+                f"multiple of {COMMIT_BYTES}).  The received request contained {expected} bytes, "
+                "which does not meet this requirement."
+            )
+        raise ApiError(400, "badRequest", f"Invalid request.  {problem}", plain=True)
 
-    def _open(self, new: NewObject) -> Spool:
-        self._new = new
-        self._spool = self._uploads.open(self._call, self._bucket, new)
-        return self._spool
 
-
-def _new_object(call: Call, metadata: bytes | bytearray) -> NewObject:
-    """What the metadata of an upload says, as JSON, and its query."""
+def _new_object(call: Call, metadata: bytes | bytearray, content_type: str | None) -> NewObject:
+    """What the metadata of an upload says, as JSON, and its query and headers."""
     resource = parse_json(metadata)
     refuse_object_settings(resource)
-    return NewObject.from_resource(resource, call.query)
+    new = NewObject.from_resource(resource, call.query).with_hashes(declared_hashes(call.headers))
+    return new if new.content_type is not None else replace(new, content_type=content_type)
+
+
+def _malformed() -> ApiError:
+    return invalid(
+        "Malformed multipart body: expected a metadata part, a media part and the closing "
+        "boundary, no more."
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _first_delimiter(content_type: str) -> tuple[re.Pattern[bytes], bytes]:
+    """What a multipart body begins with, and all its delimiters but their line ends."""
+    found = _BOUNDARY.match(content_type)
+    if found is None:
+        raise invalid(f"Invalid multipart content type {content_type!r}: no boundary.")
+    delimiter = b"--" + (found[1] or found[2] or found[3]).encode("latin-1")
+    return re.compile(rb"(?:\r?\n)?" + re.escape(delimiter) + rb"[ \t]*(\r?\n)"), delimiter
+
+
+class _Part(NamedTuple):
+    head: bytes
+    content: bytes
+    is_last: bool
+    next: int  # where the next part begins
+
+
+def _part(body: bytearray, start: int, newline: bytes, delimiter: bytes) -> _Part:
+    """The part at `start`: headers, or none, then an empty line, then everything else."""
+    if body.startswith(newline, start):
+        empty, content = start, start + len(newline)
+    else:
+        empty = body.find(newline * 2, start)
+        content = empty + 2 * len(newline)
+    at, after = content - 1, None
+    while empty >= 0 and after is None and (at := body.find(delimiter, at + 1)) >= 0:
+        after = _AFTER_DELIMITER.match(body, at + len(delimiter))
+    if after is None:
+        raise _malformed()
+    media = bytes(memoryview(body)[content:at])
+    return _Part(bytes(body[start:empty]), media, after[0] == b"--", after.end())
+
+
+def _split(body: bytearray, content_type: str) -> tuple[bytes, str | None, bytes]:
+    """Metadata, and content type and bytes of the media in a `multipart/related` body (RFC 2046).
+
+    Byte-exact: the line end before a delimiter belongs to the delimiter. Line ends are those of
+    the first delimiter: CRLF, or LF, which gcsfs sends and Cloud Storage takes.
+    """
+    beginning, delimiter = _first_delimiter(content_type)
+    found = beginning.match(body)
+    if found is None:
+        raise _malformed()
+    newline, start = found[1], found.end()
+    metadata = _part(body, start, newline, newline + delimiter)
+    media = _part(body, metadata.next, newline, newline + delimiter)
+    if metadata.is_last or not media.is_last:
+        raise _malformed()
+    part_type = _PART_TYPE.search(media.head)
+    return metadata.content, part_type and part_type[1].decode("latin-1").strip(), media.content

@@ -104,6 +104,12 @@ def test_the_resource_describes_the_bytes(call: Any) -> None:
     assert call("GET", resource["mediaLink"]).body == b"1,2\n"
 
 
+def test_a_large_object_has_an_md5_as_well(call: Any) -> None:
+    data = bytes(2_000_000)
+    assert call.media("x", data).json["md5Hash"] == md5(data)
+    assert call.server.objects("demo")["x"].md5 == md5(data)
+
+
 @pytest.mark.parametrize(
     "content_type",
     [

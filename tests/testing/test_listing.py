@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_remote_airflow.testing.bodies import MemoryBody
+from keras_remote_airflow.testing.bodies import Body
 from keras_remote_airflow.testing.buckets import Bucket
 from keras_remote_airflow.testing.listing import ListingQuery, decode_token, list_page
 from keras_remote_airflow.testing.objects import StoredObject
@@ -62,7 +62,7 @@ def test_pages_add_up_to_what_the_model_says(
 def test_names_stay_sorted_through_additions_and_removals(changes: list[tuple[bool, str]]) -> None:
     bucket = Bucket("demo")
     for adding, name in changes:
-        stored = StoredObject("demo", name, MemoryBody([]), 1, "AAAAAA==")
+        stored = StoredObject("demo", name, Body(), 1, "AAAAAA==")
         if adding:
             bucket.add(stored)
         elif name in bucket.objects:
