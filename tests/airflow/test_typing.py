@@ -55,7 +55,7 @@ def everything() -> None:
         on_cache_hit="skip",
     )
     wait = CacheSensor(task_id="wait", data_ref=upload.output, mount_path=where, retries=3)
-    by_hash = CacheSensor(task_id="by_hash", content_hash=where, bucket_name=where, layout="kinetic")
+    by_hash = CacheSensor(task_id="hash", content_hash=where, bucket_name=where, layout="kinetic")
     DataUploadOperator(task_id="path", data=Path("/data"), bucket_name="b")
     DataUploadOperator(task_id="data", data=Data("/data"), bucket_name="b")
     LocalDataOperator(task_id="local", python_callable=print, op_args=[upload.output], dest=where)
@@ -75,7 +75,7 @@ WRONG = """
 DataUploadOperator(task_id="a", data=1, bucket_name="b")  # type: ignore[arg-type]
 DataUploadOperator(task_id="b", data="/d", bucket_name="b", layout="x")  # type: ignore[arg-type]
 CacheSensor(task_id="c", data="/d", bucket_name="b", verify="all")  # type: ignore[arg-type]
-DataUploadOperator(task_id="d", data="/d", bucket_name="b", on_cache_hit="")  # type: ignore[arg-type]
+DataUploadOperator(task_id="d", data="", bucket_name="b", on_cache_hit="")  # type: ignore[arg-type]
 """
 
 
