@@ -57,6 +57,12 @@ class MemoryStore:
         more = page[-1] if len(names) > len(page) else None
         return Page([self._objects[name][0] for name in page], more)
 
+    async def aread(self, name: str) -> bytes | None:
+        return self.read(name)
+
+    async def alist_page(self, prefix: str, token: str | None = None) -> Page:
+        return self.list_page(prefix, token)
+
     def create(self, name: str, content: bytes) -> bool:
         self.calls.append("create")
         if name in self._objects:

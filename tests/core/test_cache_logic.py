@@ -1,11 +1,12 @@
 """The order of things in the cache, on the double: marker last, resume, conflicts, pages."""
 
+import asyncio
 import logging
 
 import pytest
 
 from keras_remote_airflow.core.cloud.store import ignore_moved
-from keras_remote_airflow.core.datasets.lookup import CacheEntry, lookup
+from keras_remote_airflow.core.datasets.lookup import CacheEntry, look, lookup
 from keras_remote_airflow.core.datasets.upload import publish
 from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.core.disk.snapshot import Snapshot
@@ -33,6 +34,22 @@ def put(store: MemoryStore, key: CacheKey, snapshot: Snapshot) -> Progress:
     sent = Progress(logging.getLogger(__name__), "Uploading")
     publish(store, key, snapshot, sent)
     return sent
+
+
+def found(store: MemoryStore, key: CacheKey, verify: str = "page") -> CacheEntry | None:
+    """Look by the hash alone."""
+    return asyncio.run(look(store, key, verify))
+
+
+def whole(
+    store: MemoryStore, key: CacheKey, snapshot: Snapshot, verify: str = "page"
+) -> CacheEntry | None:
+    """Look with the data at hand."""
+    entry = lookup(store, key, snapshot, verify)
+    return entry if isinstance(entry, CacheEntry) else None
+
+
+LOOKS = [whole, lambda store, key, snapshot, verify="page": found(store, key, verify)]
 
 
 class DyingStore(MemoryStore):
@@ -64,8 +81,8 @@ def test_what_was_published_is_found_by_its_data_and_by_its_hash(snapshot, key):
     store = MemoryStore()
     put(store, key, snapshot)
     entry = CacheEntry(key.gcs_uri, True, 12, snapshot.total_bytes)
-    assert lookup(store, key, snapshot=snapshot) == entry
-    assert lookup(store, key) == entry
+    assert whole(store, key, snapshot) == entry
+    assert found(store, key) == entry
 
 
 def test_objects_without_a_marker_are_no_entry(snapshot, key):
@@ -73,8 +90,8 @@ def test_objects_without_a_marker_are_no_entry(snapshot, key):
     with pytest.raises(KeyboardInterrupt):
         put(store, key, snapshot)
     assert len(store.written) == 12
-    assert lookup(store, key, snapshot=snapshot) is None
-    assert lookup(store, key) is None
+    assert whole(store, key, snapshot) is None
+    assert found(store, key) is None
 
 
 def test_next_attempt_sends_only_what_a_dead_one_left_out(snapshot, key):
@@ -114,8 +131,8 @@ def test_folder_objects_of_other_tools_are_no_conflict(snapshot, key):
     for name in ("", "sub/", "sub/deeper/"):
         store.replace(key.object_name(name), b"")
     put(store, key, snapshot)
-    assert lookup(store, key, snapshot=snapshot, verify="full")
-    assert lookup(store, key, verify="full")
+    assert whole(store, key, snapshot, "full")
+    assert found(store, key, "full")
 
 
 def test_other_layouts_marker_is_no_conflict(snapshot):
@@ -123,11 +140,11 @@ def test_other_layouts_marker_is_no_conflict(snapshot):
     ours = CacheKey("memory-bucket", "default", snapshot.content_hash)
     theirs = CacheKey("memory-bucket", "default", snapshot.content_hash, KINETIC)
     put(store, ours, snapshot)
-    assert lookup(store, theirs, snapshot=snapshot) is None
+    assert whole(store, theirs, snapshot) is None
     assert put(store, theirs, snapshot).files == 0
     for key in (ours, theirs):
-        assert lookup(store, key, snapshot=snapshot, verify="full")
-        assert lookup(store, key, verify="full")
+        assert whole(store, key, snapshot, "full")
+        assert found(store, key, "full")
 
 
 def test_marker_of_a_faster_uploader_is_accepted(snapshot, key):
@@ -142,7 +159,7 @@ def test_garbage_in_the_markers_place_is_no_success(snapshot, key):
     store = MemoryStore()
     store.replace(key.marker_name, b"garbage")
     with pytest.raises(MarkerError):
-        lookup(store, key, snapshot=snapshot)
+        whole(store, key, snapshot)
     with pytest.raises(MarkerError):
         put(store, key, snapshot)
 
@@ -150,9 +167,9 @@ def test_garbage_in_the_markers_place_is_no_success(snapshot, key):
 def test_lookup_reads_the_marker_and_one_page(snapshot, key):
     store = MemoryStore(page_size=4)
     put(store, key, snapshot)
-    for with_snapshot in (snapshot, None):
+    for looked in LOOKS:
         store.calls.clear()
-        assert lookup(store, key, snapshot=with_snapshot)
+        assert looked(store, key, snapshot)
         assert store.calls == ["read", "list_page"]
 
 
@@ -160,16 +177,16 @@ def test_full_lookup_reads_all_pages_and_sees_what_the_first_does_not_show(snaps
     store = MemoryStore(page_size=4)
     put(store, key, snapshot)
     store.delete(key.object_name("11"))
-    for with_snapshot in (snapshot, None):
-        assert lookup(store, key, snapshot=with_snapshot)
+    for looked in LOOKS:
+        assert looked(store, key, snapshot)
         caplog.clear()
-        assert lookup(store, key, snapshot=with_snapshot, verify="full") is None
+        assert looked(store, key, snapshot, "full") is None
         assert key.gcs_uri in caplog.text
 
 
 def test_absent_marker_costs_one_read(snapshot, key):
     store = MemoryStore()
-    assert lookup(store, key, snapshot=snapshot) is None
+    assert whole(store, key, snapshot) is None
     assert store.calls == ["read"]
 
 
@@ -182,7 +199,7 @@ def test_empty_page_says_nothing(snapshot, key, body, page_size):
     if body is not None:
         store.replace(key.marker_name, body)
     for verify in ("page", "full"):
-        assert lookup(store, key, snapshot=snapshot, verify=verify)
-        assert lookup(store, key, verify=verify)
+        assert whole(store, key, snapshot, verify)
+        assert found(store, key, verify)
     store.delete(key.object_name("00"))
-    assert lookup(store, key, snapshot=snapshot, verify="full") is None
+    assert whole(store, key, snapshot, "full") is None

@@ -56,14 +56,14 @@ MUTATIONS = {
     ),
     "hit without a listing": (
         "core/datasets/lookup.py",
-        "    if shortfall:\n        _log.warning",
-        "    if False:\n        _log.warning",
+        "    if token is None and (files, size) != expected:\n",
+        "    if False:\n",
         "test_hit.py",
     ),
     "marker's body not read": (
         "core/datasets/lookup.py",
-        "    receipt = parse_marker(body, key)\n    known",
-        "    receipt = None\n    known",
+        "    receipt = parse_marker(body, key)\n    files",
+        "    receipt = None\n    files",
         "test_hit.py",
     ),
     "everything sent again": (

@@ -148,7 +148,7 @@ class Interleaving(RuleBasedStateMachine):
         with MortalTransport(self.client, FAST, dies_after) as transport:
             store = GcsStore(BUCKET, transport)
             try:
-                if lookup(store, key, snapshot=snapshot) is None:
+                if isinstance(lookup(store, key, snapshot), str):
                     publish(store, key, snapshot, Progress(_log, "Uploading"))
             except (DiedError, DataChangedError):
                 return

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
-from keras_remote_airflow.core.cloud.store import ObjectStore
 from keras_remote_airflow.core.errors import StoreError
+
+if TYPE_CHECKING:
+    from keras_remote_airflow.core.cloud.gcs import GcsStore
 
 _VARIABLES = ("KERAS_REMOTE_PROJECT", "GOOGLE_CLOUD_PROJECT")
 
@@ -27,7 +29,7 @@ def open_bucket(
     project: str | None = None,
     retry: RetryPolicy | None = None,
     user_project: str | None = None,
-) -> Iterator[ObjectStore]:
+) -> Iterator["GcsStore"]:
     """Open a bucket on Cloud Storage, and close its connections afterwards.
 
     Args:

@@ -14,7 +14,7 @@ import json
 import mimetypes
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -82,9 +82,12 @@ class GcsStore:
     def _object(self, name: str, **query: object) -> str:
         return f"{self._objects}/{quote(name, safe='')}?{urlencode(query)}"
 
-    # Small objects and listings
+    # Small objects and listings; `aread` and `alist_page` are for work on the transport's own loop
 
     def read(self, name: str) -> bytes | None:
+        return self.run(self.aread(name))
+
+    async def aread(self, name: str) -> bytes | None:
         async def attempt() -> tuple[int, bytes]:
             async with self._transport.request(
                 "GET", self._object(name, alt="media"), expected=(200, 404)
@@ -97,13 +100,16 @@ class GcsStore:
                     raise RetryableError("its bytes disagree with the x-goog-hash sent along")
                 return answer.status, body
 
-        status, body = self._run(f"reading {self._uri(name)}", attempt)
+        status, body = await self._transport.retry.run(f"reading {self._uri(name)}", attempt)
         if status == 200:
             return body
         self._check_bucket(body)
         return None
 
     def list_page(self, prefix: str, token: str | None = None) -> Page:
+        return self.run(self.alist_page(prefix, token))
+
+    async def alist_page(self, prefix: str, token: str | None = None) -> Page:
         query = {
             "prefix": prefix,
             "fields": "items(name,size,crc32c,generation,metadata),nextPageToken",
@@ -122,7 +128,7 @@ class GcsStore:
                 items = [_info(item) for item in page.get("items", ())]
                 return Page(items, page.get("nextPageToken"))
 
-        return self._run(f"listing {self._uri(prefix)}", attempt)
+        return await self._transport.retry.run(f"listing {self._uri(prefix)}", attempt)
 
     def _check_bucket(self, body: bytes) -> None:
         """Raise StoreError if this is the body of the 404 for a missing bucket.
@@ -146,10 +152,12 @@ class GcsStore:
             )
             return status
 
-        return self._run(f"creating {self._uri(name)}", attempt, len(body)) == 200
+        what = f"creating {self._uri(name)}"
+        return self.run(self._transport.retry.run(what, attempt, len(body))) == 200
 
-    def _run(self, what: str, attempt: Callable[[], Awaitable[_T]], size: int = 0) -> _T:
-        return self._transport.run(self._transport.retry.run(what, attempt, size))
+    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Do work that awaits methods of this store; see `Transport.run`."""
+        return self._transport.run(work)
 
     # Uploads
 

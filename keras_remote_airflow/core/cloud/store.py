@@ -119,6 +119,16 @@ class ObjectStore(Protocol):
         """
 
 
+class AsyncReader(Protocol):
+    """What an asynchronous look needs of a bucket; see the methods of `ObjectStore`."""
+
+    async def aread(self, name: str) -> bytes | None:
+        """Do what `read` does."""
+
+    async def alist_page(self, prefix: str, token: str | None = None) -> Page:
+        """Do what `list_page` does."""
+
+
 def first_page(store: ObjectStore, prefix: str) -> Page:
     """Return the first page that shows anything.
 

@@ -173,6 +173,13 @@ class Transport:
                 finished.wait(10)
             raise
 
+    async def arun(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Do what `run` does for a caller on another event loop, which it never blocks.
+
+        To cancel it cancels the work, and does not wait for its end.
+        """
+        return await asyncio.wrap_future(self._submit(work))
+
     def _submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 

@@ -6,11 +6,11 @@ from typing import Any, Literal, get_args
 
 from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
-from keras_remote_airflow.core.cloud.store import ObjectStore
-from keras_remote_airflow.core.datasets.diff import missing_files, stored_files
+from keras_remote_airflow.core.cloud.store import AsyncReader, ObjectStore
+from keras_remote_airflow.core.datasets.diff import data_objects, missing_files
 from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH, Snapshot
 from keras_remote_airflow.core.errors import ConflictError, InvalidInputError, MarkerError
-from keras_remote_airflow.core.layout import CacheKey, LayoutName, Receipt, get_layout, parse_marker
+from keras_remote_airflow.core.layout import CacheKey, LayoutName, get_layout, parse_marker
 
 _log = logging.getLogger(__name__)
 # The values of the `verify` parameter everywhere.
@@ -62,27 +62,75 @@ def find(
     key = CacheKey(bucket_name, namespace_prefix, content_hash, get_layout(layout))
     check_verify(verify)
     with open_bucket(bucket_name, client, project, retry, user_project) as store:
-        return lookup(store, key, verify=verify)
+        return store.run(look(store, key, verify))
 
 
 def check_verify(verify: str) -> None:
     """Raise InvalidInputError unless `verify` is a value of the parameter of that name."""
     if verify not in get_args(Verify):
-        raise InvalidInputError(
-            f"unknown verify {verify!r}: expected one of {list(get_args(Verify))}"
-        )
+        expected = list(get_args(Verify))
+        raise InvalidInputError(f"unknown verify {verify!r}: expected one of {expected}")
 
 
-def lookup(
-    store: ObjectStore, key: CacheKey, *, snapshot: Snapshot | None = None, verify: str = "page"
-) -> CacheEntry | None:
+async def look(store: AsyncReader, key: CacheKey, verify: str = "page") -> CacheEntry | None:
     """Return the entry under `key` if its marker and its objects are there, else None.
+
+    The listing is compared with the marker's receipt, by number and size of the objects.
 
     Args:
         store: the bucket that `key` names.
         key: the entry.
-        snapshot: the data itself, where it is at hand: then the listing is compared with it,
-            otherwise with the marker's receipt.
+        verify: "page" or "full".
+
+    Raises:
+        ConflictError: there are objects that are not part of the dataset.
+        MarkerError: the marker cannot be read.
+    """
+    body = await store.aread(key.marker_name)
+    if body is None:
+        return None
+    receipt = parse_marker(body, key)
+    files, size, token, is_enough = 0, 0, None, False
+    while not is_enough:
+        page = await store.alist_page(key.prefix, token)
+        for _, info in data_objects(page.objects, key.prefix):
+            files += 1
+            size += info.size
+        token = page.next_token
+        # Without a receipt, all that can be seen is whether there is anything.
+        is_enough = bool(files if receipt is None else verify == "page" and page.objects)
+        is_enough = is_enough or token is None
+    if receipt is None:  # another client's marker
+        if not files and key.content_hash != EMPTY_DIRECTORY_HASH:
+            _warn_of_eviction("no objects found", key)
+            return None
+        return CacheEntry(key.gcs_uri, None, None, None)
+    expected = receipt.files, receipt.total_bytes
+    if files > receipt.files or size > receipt.total_bytes:
+        # An upload does not mend this, so a sensor that waits for one must fail instead.
+        raise ConflictError(
+            f"the dataset has {files} objects with {size} bytes, more than the {receipt.files} "
+            f"objects with {receipt.total_bytes} bytes in its marker: {key.gcs_uri}. Find out who "
+            "wrote the others, and remove them."
+        )
+    if token is None and (files, size) != expected:
+        _warn_of_eviction(
+            f"{files} of {receipt.files} objects with {size} of {receipt.total_bytes} bytes found",
+            key,
+        )
+        return None
+    return CacheEntry(key.gcs_uri, receipt.is_dir, *expected, receipt.created_at or None)
+
+
+def lookup(
+    store: ObjectStore, key: CacheKey, snapshot: Snapshot, verify: str = "page"
+) -> CacheEntry | str:
+    """Return the entry under `key` if it is whole, or else say in words why it is a miss.
+
+    Args:
+        store: the bucket that `key` names.
+        key: the entry.
+        snapshot: the data itself, which the listing is compared with.
         verify: "page" or "full".
 
     Raises:
@@ -91,60 +139,28 @@ def lookup(
     """
     body = store.read(key.marker_name)
     if body is None:
-        return None
+        return "no marker"
     receipt = parse_marker(body, key)
-    known: tuple[bool | None, int | None, int | None]
-    if snapshot is not None:
-        known = snapshot.is_dir, len(snapshot), snapshot.total_bytes
-        if receipt is not None and (receipt.files, receipt.total_bytes) != known[1:]:
-            raise MarkerError(
-                f"marker says {receipt.files} files with {receipt.total_bytes} bytes, but data of "
-                f"this content hash has {known[1]} files with {known[2]} bytes: {key.marker_uri}. "
-                "Delete that object to have it written anew."
-            )
-        count = sum(1 for _ in missing_files(store, key, snapshot, verify))
-        shortfall = f"{count} of {len(snapshot)} objects missing" if count else None
-    elif receipt is not None:
-        known = receipt.is_dir, receipt.files, receipt.total_bytes
-        shortfall = _shortfall(store, key, receipt, verify)
-    else:  # another client's marker, which does not say how much there is
-        known = None, None, None
-        is_empty = key.content_hash != EMPTY_DIRECTORY_HASH and not any(
-            stored_files(store, key, "full")[0]
+    known = len(snapshot), snapshot.total_bytes
+    if receipt is not None and (receipt.files, receipt.total_bytes) != known:
+        raise MarkerError(
+            f"marker says {receipt.files} files with {receipt.total_bytes} bytes, but data of "
+            f"this content hash has {known[0]} files with {known[1]} bytes: {key.marker_uri}. "
+            "Delete that object to have it written anew."
         )
-        shortfall = "no objects found" if is_empty else None
-    if shortfall:
-        _log.warning(
-            "Ignoring a marker: %s, perhaps deleted by a lifecycle rule. The next upload restores "
-            "them: %s",
-            shortfall,
-            key.gcs_uri,
-        )
-        return None
+    missing = sum(1 for _ in missing_files(store, key, snapshot, verify))
+    if missing:
+        shortfall = f"{missing} of {len(snapshot)} objects missing"
+        _warn_of_eviction(shortfall, key)
+        return shortfall
     published_at = (receipt.created_at or None) if receipt else None
-    is_dir, files, total_bytes = known
-    return CacheEntry(key.gcs_uri, is_dir, files, total_bytes, published_at)
+    return CacheEntry(key.gcs_uri, snapshot.is_dir, *known, published_at)
 
 
-def _shortfall(store: ObjectStore, key: CacheKey, receipt: Receipt, verify: str) -> str | None:
-    """Return in words how the objects under `key` fall short of the receipt, or None.
-
-    Raises ConflictError if they are more than the receipt says.
-    """
-    files = size = 0
-    shown, last_path = stored_files(store, key, verify)
-    for _, info in shown:
-        files += 1
-        size += info.size
-    if files > receipt.files or size > receipt.total_bytes:
-        # An upload does not mend this, so a sensor that waits for one must fail instead.
-        raise ConflictError(
-            f"the dataset has {files} objects with {size} bytes, more than the {receipt.files} "
-            f"objects with {receipt.total_bytes} bytes in its marker: {key.gcs_uri}. Find out who "
-            "wrote the others, and remove them."
-        )
-    if last_path is None and (files, size) != (receipt.files, receipt.total_bytes):
-        return (
-            f"{files} of {receipt.files} objects with {size} of {receipt.total_bytes} bytes found"
-        )
-    return None
+def _warn_of_eviction(shortfall: str, key: CacheKey) -> None:
+    _log.warning(
+        "Ignoring a marker: %s, perhaps deleted by a lifecycle rule. The next upload restores "
+        "them: %s",
+        shortfall,
+        key.gcs_uri,
+    )

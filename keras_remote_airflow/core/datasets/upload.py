@@ -211,8 +211,8 @@ def upload(
     _check_names(snapshot, key)
     sent = Progress(_log, "Comparing" if dry_run else "Uploading", key.gcs_uri, progress)
     with open_bucket(bucket_name, client, project, retry, user_project) as store:
-        found = lookup(store, key, snapshot=snapshot, verify=verify)
-        if found is None:
+        found = lookup(store, key, snapshot, verify)
+        if isinstance(found, str):
             warn_of_odd_data(snapshot)
             if dry_run:
                 for index in missing_files(store, key, snapshot):
@@ -223,13 +223,13 @@ def upload(
         key.gcs_uri,
         snapshot.is_dir,
         snapshot.content_hash,
-        cache_hit=found is not None,
+        cache_hit=not isinstance(found, str),
         files=len(snapshot),
         bytes=snapshot.total_bytes,
         uploaded_files=sent.files,
         uploaded_bytes=sent.bytes,
         seconds=round(time.monotonic() - started, 3),
-        published_at=found.published_at if found else None,
+        published_at=None if isinstance(found, str) else found.published_at,
     )
     _log.info(
         "%s %d of %s (%s of %s) in %.1f s, cache %s: %s",
