@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import stat
 
 from keras_remote_airflow.core.errors import DataNotFoundError, InvalidInputError
 from keras_remote_airflow.core.progress import ProgressCallback
@@ -13,51 +14,82 @@ _log = logging.getLogger(__name__)
 _URI_LIKE = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:/|\s*gs:?/", re.IGNORECASE)
 
 
+def path_text(value: object) -> str:
+    """Return the local path or `gs://` URI that `value` stands for, without looking for it.
+
+    Args:
+        value: text, an `os.PathLike`, or an `ObjectStoragePath` of Airflow or `UPath` on a local
+            disk or on Cloud Storage (whose connection is left out). `file:///path` is a local path,
+            as fsspec reads it: nothing in it is percent-decoded.
+
+    Raises:
+        InvalidInputError: it is of another type or scheme, or empty.
+    """
+    given = value
+    # Only some of these are path-likes, and not for what they stand for.
+    if isinstance(scheme := getattr(value, "protocol", None), str):
+        if scheme not in ("", "file", "local", "gs"):
+            raise InvalidInputError(
+                f"data on {scheme}:// cannot be read: expected a local path, file:// or gs://, "
+                f"found {value!s}"
+            )
+        value = str(value)
+    elif isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        raise InvalidInputError(
+            f"data path must be a path or a gs:// URI, found {given!r}. If it comes from a "
+            "template or an XCom, is that empty?"
+        )
+    if not value:
+        raise InvalidInputError(
+            "data path must not be empty: expected a local path or a gs:// URI. "
+            "Is the template or XCom empty?"
+        )
+    if value.startswith("file://"):
+        value = value.removeprefix("file://")
+        if not value.startswith("/"):
+            raise InvalidInputError(f"not a local file URI: {given!s}; expected file:///path")
+    # Airflow writes a connection before the bucket: gs://conn@bucket/name.
+    return re.sub(r"\Ags://[^/@]*@", "gs://", value)
+
+
 class Data:
     """Data that a job needs, as in keras_remote.
 
     Args:
-        path: a local file or directory (absolute, relative or with `~`), or a `gs://` URI. A URI
-            that ends in "/" is a directory (a prefix), any other a single object.
+        path: a local file or directory (absolute, relative or with `~`), or a `gs://` URI, in the
+            types that `path_text` takes. A URI that ends in "/" is a directory (a prefix), any
+            other a single object.
 
     Raises:
-        ValueError: the path is empty.
+        ValueError: the path is empty, or cannot be followed or read by this user.
         FileNotFoundError: a local path does not exist.
+        OSError: whether it exists can't be told just now: a mount is dead, for instance.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        if not isinstance(path, str | os.PathLike):
-            raise InvalidInputError(
-                f"data path must be a path or a gs:// URI, found {path!r}. If it comes from a "
-                "template or an XCom, is that empty?"
-            )
-        path = os.fspath(path)
-        if not path:
-            raise InvalidInputError(
-                "data path must not be empty: expected a local path or a gs:// URI. "
-                "Is the template or XCom empty?"
-            )
-        self._raw_path = path
-        self._path = path
+        self._raw_path = self._path = path_text(path)
         if self.is_gcs:
-            _warn_of_missing_slash(path)
+            _warn_of_missing_slash(self._path)
             return
-        self._path = os.path.abspath(os.path.expanduser(path))
-        if not os.path.lexists(self._path):
-            hint = "Check the path, and that this machine is the one that has the data."
-            if _URI_LIKE.match(path):
-                hint = (
-                    "If it is meant as a URI, write gs://bucket/name: other schemes are not "
+        from keras_remote_airflow.core.disk.tree import stat_path, system_path
+
+        self._path = os.path.abspath(os.path.expanduser(system_path(self._raw_path)))
+        try:
+            stat_path(self._path)
+        except DataNotFoundError as exc:
+            hint = ""
+            if self._raw_path != self._path:
+                hint = f" It was given as {self._raw_path!r}."
+            if self._raw_path == "None":
+                hint += " Is the template or XCom empty?"
+            elif _URI_LIKE.match(self._raw_path):
+                hint += (
+                    " If it is meant as a URI, write gs://bucket/name: other schemes are not "
                     "supported."
                 )
-            raise DataNotFoundError(
-                f"data path does not exist: {path} (resolved to {self._path}). {hint}"
-            )
-        if not os.path.exists(self._path):
-            raise DataNotFoundError(
-                f"broken link: {self._path} points to {os.readlink(self._path)}, which is not "
-                "there. Remove the link or restore its target."
-            )
+            raise DataNotFoundError(f"{exc}{hint}") from exc
 
     @property
     def path(self) -> str:
@@ -72,7 +104,11 @@ class Data:
     @property
     def is_dir(self) -> bool:
         """Whether it is a directory; for a `gs://` URI, whether it ends in "/"."""
-        return self._raw_path.endswith("/") if self.is_gcs else os.path.isdir(self._path)
+        if self.is_gcs:
+            return self._raw_path.endswith("/")
+        from keras_remote_airflow.core.disk.tree import stat_path
+
+        return stat.S_ISDIR(stat_path(self._path).st_mode)
 
     def content_hash(
         self, hash_index: str | None = None, progress: ProgressCallback | None = None

@@ -6,8 +6,22 @@ own retries.
 """
 
 
+def printable(text: str) -> str:
+    """Return text that can be logged, whatever file names it holds and whatever the locale is.
+
+    Python keeps the bytes that it cannot decode as surrogates, which no log file can hold.
+    """
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="replace")
+    except UnicodeEncodeError:  # surrogates of another origin
+        return text.encode(errors="backslashreplace").decode()
+
+
 class KerasRemoteError(Exception):
     """Base of every error this package raises on purpose."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class InvalidInputError(KerasRemoteError, ValueError):

@@ -4,6 +4,7 @@ Most data here is made of what a file system can hold and Cloud Storage, or a ha
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -154,11 +155,14 @@ assert not [path for path in opened if "special" in str(path)], opened
         assert done.returncode == 0, done.stderr
 
 
-# What of a directory is locked, with which mode, and what the error must name.
+# What of a directory is locked and must be named, its mode, and which path in it is the data.
 UNREADABLE = {
-    "file": ("secret.csv", 0),
-    "folder": ("locked", 0),
-    "folder without search": ("locked", 0o400),
+    "file": ("secret.csv", 0, ""),
+    "folder": ("locked", 0, ""),
+    "folder without search": ("locked", 0o400, ""),
+    "folder above": ("locked", 0o600, "locked/sub"),
+    "folder above a link's target": ("locked", 0o600, "link"),
+    "folder above the target of a link in it": ("locked", 0o600, "links"),
 }
 UPLOAD_AS_NOBODY = """
 import os, sys
@@ -183,8 +187,11 @@ def test_unreadable_content_is_named_and_nothing_is_written(gcs_server, gcs_buck
     base = Path(tempfile.mkdtemp())
     try:
         base.chmod(0o755)
-        for case, (locked, mode) in UNREADABLE.items():
-            (base / case / "locked").mkdir(parents=True)
+        for case, (locked, mode, _) in UNREADABLE.items():
+            (base / case / "locked" / "sub").mkdir(parents=True)
+            (base / case / "links").mkdir()
+            for link in ("link", "links/link"):
+                (base / case / link).symlink_to(base / case / "locked/b.csv")
             for name in ("a.csv", "secret.csv", "locked/b.csv"):
                 (base / case / name).write_text("x")
             (base / case / locked).chmod(mode)
@@ -194,7 +201,7 @@ def test_unreadable_content_is_named_and_nothing_is_written(gcs_server, gcs_buck
                 "-c",
                 UPLOAD_AS_NOBODY,
                 gcs_bucket,
-                *(str(base / c) for c in UNREADABLE),
+                *(str(base / case / data) for case, (*_, data) in UNREADABLE.items()),
             ],
             capture_output=True,
             text=True,
@@ -203,8 +210,8 @@ def test_unreadable_content_is_named_and_nothing_is_written(gcs_server, gcs_buck
         assert done.returncode == 0, done.stderr
         errors = done.stdout.splitlines()
         assert len(errors) == len(UNREADABLE)
-        for error, (case, (locked, _)) in zip(errors, UNREADABLE.items(), strict=True):
-            assert f"{base / case / locked}" in error
+        for error, (case, (locked, *_)) in zip(errors, UNREADABLE.items(), strict=True):
+            assert re.search(rf"permission denied.*{base / case / locked}\b", error)
         assert gcs_server.requests == []
     finally:
         for case in UNREADABLE:

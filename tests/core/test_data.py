@@ -1,11 +1,18 @@
 """`Data` behaves as keras_remote's does."""
 
+import errno
 import logging
+import os
 
 import pytest
 
 from keras_remote_airflow import Data
-from keras_remote_airflow.core.errors import DataNotFoundError, InvalidInputError
+from keras_remote_airflow.core.disk.hashing import take_snapshot
+from keras_remote_airflow.core.errors import (
+    PERMANENT_ERRORS,
+    DataNotFoundError,
+    InvalidInputError,
+)
 
 
 def test_local_path_becomes_absolute(tree, monkeypatch):
@@ -107,6 +114,55 @@ def test_what_is_no_path_is_refused(value):
 
 def test_a_path_object_is_taken_as_its_path(tmp_path):
     assert Data(tmp_path).path == str(tmp_path)
+
+
+class StoragePath:
+    """Like Airflow's ObjectStoragePath: no path-like, with a protocol, spelled as a URI."""
+
+    def __init__(self, uri: str) -> None:
+        self.protocol = uri.partition("://")[0]
+        self.uri = uri
+
+    def __str__(self) -> str:
+        return self.uri
+
+
+@pytest.mark.parametrize("kind", [StoragePath, str])
+def test_storage_paths_are_taken_as_what_they_stand_for(kind, tmp_path):
+    assert Data(kind(f"file://{tmp_path}")).path == str(tmp_path)
+    for uri in ("gs://bucket/raw/", "gs://google_default@bucket/raw/"):
+        data = Data(kind(uri))
+        assert (data.path, data.is_gcs, data.is_dir) == ("gs://bucket/raw/", True, True)
+    with pytest.raises(InvalidInputError, match=r"s3://bucket/raw.*gs://|gs://.*s3://bucket/raw"):
+        Data(kind("s3://bucket/raw"))
+    with pytest.raises(InvalidInputError, match="file://server/share"):
+        Data(kind("file://server/share"))
+
+
+def test_none_from_an_empty_parameter_is_recognized(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataNotFoundError, match="empty"):
+        Data("None")
+
+
+@pytest.mark.parametrize("code", ["EIO", "ENOTCONN", "ESTALE", "ETIMEDOUT"])
+@pytest.mark.parametrize("call", [Data, lambda path: take_snapshot(path)], ids=["Data", "snapshot"])
+def test_a_disk_that_does_not_answer_is_an_outage_and_no_missing_path(
+    code, call, tmp_path, monkeypatch
+):
+    number = getattr(errno, code)
+    system_stat = os.stat
+
+    def stat(path, **options):
+        if path == str(tmp_path):
+            raise OSError(number, os.strerror(number), path)
+        return system_stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(OSError, match=str(tmp_path)) as caught:
+        call(str(tmp_path))
+    assert caught.value.errno == number
+    assert not isinstance(caught.value, PERMANENT_ERRORS)
 
 
 @pytest.mark.parametrize(

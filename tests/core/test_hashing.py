@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import re
@@ -171,6 +172,73 @@ def test_link_to_a_directory_is_the_directory_when_it_is_the_data_itself(tree, t
     )
 
 
+def test_empty_directories_are_named_in_the_log(tree, caplog):
+    root = tree({"a": "x"})
+    (root / "sub" / "deeper").mkdir(parents=True)
+    with caplog.at_level(logging.INFO):
+        take_snapshot(str(root))
+    assert "sub/deeper" in caplog.text
+
+
+def test_times_that_file_systems_keep_are_kept(tree, tmp_path):
+    root = tree({str(number): "x" for number in range(4)})
+    # 1901 and 2446 are the ends of ext4; nanoseconds since 1970 leave 63 bits in 2262.
+    times = [-(2**31), -1, 2**63 // 10**9 + 1, 15_032_385_535]
+    for number, seconds in enumerate(times):
+        os.utime(root / str(number), (seconds, seconds))
+    plain = take_snapshot(str(root))
+    indexed = [take_snapshot(str(root), str(tmp_path / "index")) for _ in range(2)]
+    for snapshot in (plain, *indexed):
+        assert snapshot.content_hash == reference.content_hash(str(root))
+        for file in snapshot.records():
+            found = os.stat(root / file.path).st_mtime_ns
+            assert (file.mtime_ns - found) % 2**64 == 0
+
+
+# What keeps Python from going over to UTF-8 by itself.
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+
+
+def test_the_locale_changes_neither_hash_nor_names(tree, tmp_path):
+    root = tree({"é": "1", "ü/日本": "2", "a": "3"}, "données")
+    (root / "ü" / "leer").mkdir()
+    script = """
+import json, logging, os, sys
+from keras_remote_airflow.core.data import Data
+from keras_remote_airflow.core.disk.hashing import take_snapshot
+from keras_remote_airflow.core.errors import InvalidInputError
+root, index, log = json.loads(sys.argv[1])
+assert sys.getfilesystemencoding() != "utf-8"
+logging.basicConfig(filename=log, encoding="utf-8", level=logging.INFO)
+logging.raiseExceptions = True
+snapshot = take_snapshot(Data(root).path, index)
+assert all(os.stat(snapshot.local_path(file.path)) for file in snapshot.records())
+answer = {"hash": snapshot.content_hash, "names": [file.path for file in snapshot.records()]}
+os.mkfifo(snapshot.local_path("\\u00fc/r\\u00f6hre"))
+try:
+    take_snapshot(Data(root).path)
+except InvalidInputError as exc:
+    answer["error"] = str(exc)
+print(json.dumps(answer))
+"""
+    arguments = json.dumps([str(root), str(tmp_path / "indéx"), str(tmp_path / "log")])
+    done = subprocess.run(
+        [sys.executable, "-c", script, arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | ASCII,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Logging error" not in done.stderr
+    answer = json.loads(done.stdout)
+    (root / "ü" / "röhre").unlink()
+    assert answer["hash"] == reference.content_hash(str(root))
+    assert answer["names"] == ["a", "é", "ü/日本"]
+    assert f"{root}/ü/röhre" in answer["error"]
+    assert "ü/leer" in (tmp_path / "log").read_text(encoding="utf-8")
+
+
 def test_empty_directory_hash_is_the_known_one():
     assert DIRECTORIES["empty"][1] == EMPTY_DIRECTORY_HASH
 
@@ -260,7 +328,7 @@ def test_reading_many_at_once_ends_when_the_disk_has_become_fast(tree, slow_disk
 def test_what_has_taken_a_files_place_is_a_change_with_its_full_path(tree, monkeypatch):
     root = tree({})
     # Listed as a file, and opened when it is a link to itself.
-    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing.walk", lambda _: [("", ["b"])])
+    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing.walk", lambda _: [(b"", [b"b"])])
     (root / "b").symlink_to("b")
     with pytest.raises(DataChangedError, match=f"vanished.*{re.escape(str(root))}/b"):
         take_snapshot(str(root))
@@ -271,7 +339,7 @@ def test_an_error_of_the_disk_names_the_full_path(tree, monkeypatch):
     system_open = os.open
 
     def failing(path, *arguments, **options):
-        if path == "data.csv":
+        if path == b"data.csv":
             raise OSError(errno.EIO, "Input/output error", path)
         return system_open(path, *arguments, **options)
 

@@ -59,7 +59,7 @@ def _opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     system_open = os.open
 
     def note(path: str, flags: int, *args: int, **kwargs: int) -> int:
-        opened.append(os.path.basename(path))
+        opened.append(os.path.basename(os.fsdecode(path)))
         return system_open(path, flags, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", note)
@@ -457,7 +457,7 @@ if os.getuid() == 0:
 config = HashingConfig(index_settle_seconds=-1000)
 for _ in range(2):
     print(take_snapshot(sys.argv[1], sys.argv[2], config=config).content_hash)
-print(opened.count("old"), opened.count("new"), opened.count("newer"))
+print(*map(opened.count, (b"old", b"new", b"newer")))
 """
         _write(base / "data" / "newer", b"newer")
         done = subprocess.run(

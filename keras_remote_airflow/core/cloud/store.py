@@ -44,7 +44,7 @@ class FileToSend(NamedTuple):
         path: the local file.
         name: the object's name.
         size: bytes when it was hashed.
-        mtime_ns: its modification time then.
+        mtime_ns: its modification time then, modulo 2^64.
         crc32c: of its content then.
         digest: its file digest, raw.
     """

@@ -95,7 +95,7 @@ class Source:
             raise _changed(
                 self._file, f"{self._file.size} bytes at hash time, {now.st_size} bytes now"
             )
-        if now.st_mtime_ns != self._file.mtime_ns:
+        if (now.st_mtime_ns - self._file.mtime_ns) % 2**64:
             raise _changed(self._file, "it was modified after it was hashed")
 
     def read(self, start: int, size: int) -> bytes:

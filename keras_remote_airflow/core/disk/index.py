@@ -43,15 +43,16 @@ from urllib.parse import quote
 import google_crc32c
 
 from keras_remote_airflow.core.disk.snapshot import Snapshot
-from keras_remote_airflow.core.disk.tree import walk_order
-from keras_remote_airflow.core.errors import InvalidInputError
+from keras_remote_airflow.core.disk.tree import system_path, walk_order
+from keras_remote_airflow.core.errors import InvalidInputError, printable
 
 _log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x4B524958
 FORMAT_VERSION = 1
 _BLOCK_FILES = 1_000
-_STATE = struct.Struct("=QqqQq")  # size, mtime_ns, ctime_ns, inode, device
+_64 = (1 << 64) - 1
+_STATE = struct.Struct("=QQQQQ")  # size, mtime_ns, ctime_ns, inode, device
 _KNOWN = struct.Struct("=I32s")  # CRC32C, digest
 _FILE = struct.Struct(f"{_STATE.size}s{_KNOWN.size}s")
 # States above this size are kept in a temporary file until they are saved.
@@ -85,7 +86,7 @@ class HashIndex:
     """
 
     def __init__(self, path: str, root: str, settled_ns: int, timeout_seconds: float) -> None:
-        self._path = os.path.abspath(os.path.expanduser(path))
+        self._path = os.path.abspath(os.path.expanduser(system_path(path)))
         for resolve in (os.path.abspath, os.path.realpath):
             if os.path.commonpath([resolve(self._path), resolve(root)]) == resolve(root):
                 raise InvalidInputError(
@@ -133,7 +134,10 @@ class HashIndex:
             Positions of the files found, their CRC32Cs, and their file digests one after another.
         """
         packed = [
-            _STATE.pack(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev) for s in states
+            _STATE.pack(
+                s.st_size, s.st_mtime_ns & _64, s.st_ctime_ns & _64, s.st_ino, s.st_dev & _64
+            )
+            for s in states
         ]
         positions: list[int] = []
         found: list[bytes] = []
@@ -175,7 +179,7 @@ class HashIndex:
                     db.execute("BEGIN IMMEDIATE")
                     self._write(db, snapshot)
         except _FAILURES as exc:
-            _log.warning("The hash index could not be written (%s): %s", exc, self._path)
+            _log.warning("The hash index could not be written (%s): %s", exc, printable(self._path))
 
     @contextmanager
     def _ignoring_failures(self) -> Iterator[None]:
@@ -193,7 +197,7 @@ class HashIndex:
             hint = (
                 ". It is left alone: delete it, or name another file." if self._db is None else ""
             )
-            _log.warning("The hash index is ignored (%s): %s%s", exc, self._path, hint)
+            _log.warning("The hash index is ignored (%s): %s%s", exc, printable(self._path), hint)
 
     def _open(self) -> None:
         if not os.path.exists(self._path):

@@ -14,6 +14,8 @@ from typing import NamedTuple
 # SHA-256("dir:"): the one dataset that has no objects.
 EMPTY_DIRECTORY_HASH = hashlib.sha256(b"dir:").hexdigest()
 
+_64_BITS = (1 << 64) - 1
+
 
 class FileRecord(NamedTuple):
     """One file of a snapshot.
@@ -23,7 +25,8 @@ class FileRecord(NamedTuple):
         size: bytes.
         crc32c: of its content.
         digest: raw SHA-256 of path, a zero byte and content.
-        mtime_ns: modification time when it was opened, nanoseconds since the epoch.
+        mtime_ns: modification time when it was opened, nanoseconds since the epoch, modulo 2^64:
+            file systems keep times before 1970 and after 2554.
     """
 
     path: str
@@ -56,7 +59,7 @@ class Snapshot:
         self._name_ends = array("Q")
         self._sizes = array("Q")
         self._crcs = array("I")
-        self._mtimes = array("q")
+        self._mtimes = array("Q")
         self._digests = bytearray()
 
     def __len__(self) -> int:
@@ -90,7 +93,9 @@ class Snapshot:
 
     def local_path(self, relative_path: str) -> str:
         """Return where the file called `relative_path` is on disk."""
-        return os.path.join(self.root, relative_path) if self.is_dir else self.root
+        if not self.is_dir:
+            return self.root
+        return os.path.join(self.root, os.fsdecode(relative_path.encode()))
 
     def hash_as(self, is_dir: bool) -> str:
         """Return the content hash that the same files have as a directory, or as a single file."""
@@ -112,7 +117,7 @@ class Snapshot:
     def fill(self, index: int, size: int, mtime_ns: int, digest: bytes, crc32c: int) -> None:
         """Note what file `index` was found to be."""
         self._sizes[index] = size
-        self._mtimes[index] = mtime_ns
+        self._mtimes[index] = mtime_ns & _64_BITS
         self._digests[32 * index : 32 * index + 32] = digest
         self._crcs[index] = crc32c
 
@@ -134,7 +139,7 @@ class Snapshot:
         if indices and indices[-1] - indices[0] == len(indices) - 1:
             these = slice(indices[0], indices[-1] + 1)
             self._sizes[these] = array("Q", [state.st_size for state in states])
-            self._mtimes[these] = array("q", [state.st_mtime_ns for state in states])
+            self._mtimes[these] = array("Q", [state.st_mtime_ns & _64_BITS for state in states])
             self._crcs[these] = crcs
             self._digests[32 * these.start : 32 * these.stop] = digests
         else:
