@@ -1,12 +1,12 @@
 """Train a small Keras model on handwritten digits, uploading them only when they changed.
 
-    write_digits >> upload >> wait >> train >> report
+    write_digits >> upload >> train >> report
 
 Trigger it twice: the second run finds the same bytes under the same content hash, and uploads
 nothing. Change one image and trigger it again: the hash changes, and the data is uploaded.
 
-`train` could take the ref from `upload`, because after an upload the dataset is there. `wait` is in
-between to show the sensor.
+`train` gets the path of a local copy, whose content hash was checked. When it ends, the copy is
+removed.
 
 The run's params say where things are. If a param is empty, an Airflow variable says it:
 
@@ -28,7 +28,7 @@ except ImportError:  # Airflow 2
     from airflow.models.param import Param
     from airflow.operators.python import get_current_context
 
-from keras_remote_airflow import CacheSensor, Data, DataUploadOperator, materialize
+from keras_remote_airflow import Data, DataUploadOperator
 
 BUCKET = "{{ params.bucket or var.value.keras_remote_bucket }}"
 NAMESPACE = "{{ params.namespace or var.value.get('keras_remote_namespace', 'default') }}"
@@ -65,9 +65,9 @@ def write_digits(data_dir: str) -> str:
     return str(folder)
 
 
-@task
-def train(ref: dict) -> dict:
-    """Train on the bytes that the ref names; return the figures for the report."""
+@task.local_data
+def train(folder: str) -> dict:
+    """Train on the bytes that were uploaded; return the figures for the report."""
     import os
 
     os.environ["KERAS_BACKEND"] = "jax"  # read once, when keras is imported
@@ -76,7 +76,6 @@ def train(ref: dict) -> dict:
     import numpy as np
     from PIL import Image
 
-    folder = materialize(ref)
     paths = sorted(Path(folder).glob("[0-9]/*.png"))
     x = np.stack([np.asarray(Image.open(path), dtype="float32").ravel() / 255 for path in paths])
     y = np.array([int(path.parent.name) for path in paths])
@@ -157,17 +156,10 @@ def train_digits():
         bucket_name=BUCKET,
         namespace_prefix=NAMESPACE,
     )
-    ready = CacheSensor(
-        task_id="wait",
-        data_ref=upload.output,
-        deferrable=True,
-        poke_interval=10,
-        timeout=600,
-    )
     report(
-        ref=ready.output,
+        ref=upload.output,
         upload=upload.output["upload_stats"],
-        training=train(ready.output),
+        training=train(upload.output),
         data_dir=DATA_DIR,
         report_dir=REPORT_DIR,
     )

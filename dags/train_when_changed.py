@@ -1,7 +1,7 @@
 """Train only when the data changed: two DAGs, connected by an asset alias.
 
     upload_when_changed   upload        every hour; new data adds an event to the alias "digits"
-    train_when_changed    train         whenever the alias has an event
+    train_when_changed    find >> train whenever the alias has an event
 
 The first one uploads the folder every hour. If the data hasn't changed, that is a cache hit: it
 costs a read of the folder and two requests, and adds no event. Only events start the second one.
@@ -25,12 +25,7 @@ except ImportError:  # Airflow 2
     from airflow.decorators import dag, task
     from airflow.operators.python import get_current_context
 
-from keras_remote_airflow import (
-    Data,
-    DataUploadOperator,
-    materialize,
-    ref_from_triggering_event,
-)
+from keras_remote_airflow import Data, DataUploadOperator, ref_from_triggering_event
 
 DIGITS = AssetAlias("digits")
 
@@ -54,21 +49,25 @@ def upload_when_changed():
 
 
 @task
-def train() -> dict:
+def find() -> dict:
+    """Return the ref of the dataset whose upload started this run."""
+    return ref_from_triggering_event(get_current_context(), DIGITS)
+
+
+@task.local_data
+def train(path: str) -> dict:
     """Train a minimal model, the share of each class.
 
     `train_digits` trains a real one. This example is about where the data comes from.
     """
-    ref = ref_from_triggering_event(get_current_context())
-    folder = Path(materialize(ref))
-    images = Counter(path.parent.name for path in folder.glob("*/*"))
+    images = Counter(image.parent.name for image in Path(path).glob("*/*"))
     model = {label: images[label] / images.total() for label in sorted(images)}
-    print(f"trained on {images.total()} images in {ref['gcs_uri']}: {model}")
+    print(f"trained on {images.total()} images: {model}")
     return {
         "model": model,
         "images": images.total(),
         # Computed from the files that were opened here, not copied from the event.
-        "content_hash": Data(str(folder)).content_hash(),
+        "content_hash": Data(path).content_hash(),
     }
 
 
@@ -80,7 +79,7 @@ def train() -> dict:
     tags=["example", "keras_remote"],
 )
 def train_when_changed():
-    train()
+    train(find())
 
 
 upload_when_changed()

@@ -1,12 +1,11 @@
 """Several datasets, one task each: dynamic task mapping, with setup and teardown around it.
 
-    make_splits >> upload[0], upload[1], upload[2] >> wait[…] >> describe >> remove_splits
+    make_splits >> upload[0], upload[1], upload[2] >> describe >> remove_splits
 
 The setup task writes the splits into a scratch folder. The teardown task removes the folder, even
 if uploads failed. The datasets stay on Cloud Storage, and a second run finds all three.
 
-`describe` could take the refs from `upload`, because after an upload the dataset is there. `wait`
-is in between to show a mapped sensor.
+`describe` gets all three datasets at once, as a list of local paths.
 
 Params that are left empty come from the Airflow variables keras_remote_bucket (which has no
 default) and keras_remote_namespace ("default"). The scratch folder is on the worker. If there are
@@ -24,7 +23,7 @@ except ImportError:  # Airflow 2
     from airflow.decorators import dag, setup, task, teardown
     from airflow.models.param import Param
 
-from keras_remote_airflow import CacheSensor, DataUploadOperator
+from keras_remote_airflow import DataUploadOperator
 
 SPLITS = {"train": range(80), "validation": range(80, 90), "test": range(90, 100)}
 
@@ -40,10 +39,13 @@ def make_splits(data_dir: str) -> list:
     return [str(scratch / split) for split in SPLITS]
 
 
-@task
-def describe(folders: list, refs: list) -> dict:
-    """Return the URI of each split. The refs are in the order of the folders."""
-    found = {Path(folder).name: ref["gcs_uri"] for folder, ref in zip(folders, refs, strict=True)}
+@task.local_data
+def describe(folders: list, copies: list) -> dict:
+    """Return the number of files in each split. The copies are in the order of the folders."""
+    found = {
+        Path(folder).name: len(list(Path(copy).iterdir()))
+        for folder, copy in zip(folders, copies, strict=True)
+    }
     print(found)
     return found
 
@@ -73,15 +75,9 @@ def upload_many():
             "{{ params.namespace or var.value.get('keras_remote_namespace', 'default') }}"
         ),
     ).expand(data=folders)
-    wait = CacheSensor.partial(
-        task_id="wait",
-        deferrable=True,
-        poke_interval=10,
-        timeout=600,
-    ).expand(data_ref=upload.output)
     # `folders`, the output of the setup task, is an argument of the teardown task: this makes the
     # two a pair. The uploads run in between.
-    describe(folders, wait.output) >> remove_splits(folders)
+    describe(folders, upload.output) >> remove_splits(folders)
 
 
 upload_many()

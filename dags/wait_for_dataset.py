@@ -16,21 +16,21 @@ except ImportError:  # Airflow 2
     from airflow.decorators import dag, task
     from airflow.models.param import Param
 
-from keras_remote_airflow import CacheSensor, materialize
+from keras_remote_airflow import CacheSensor
 
 
-@task
-def describe(ref: dict) -> dict:
-    """Download and verify the dataset, and return what is in it."""
-    path = Path(materialize(ref))
+@task.local_data
+def describe(local: str, gcs_uri: str) -> dict:
+    """Return what is in the dataset, of which `local` is a verified copy."""
+    path = Path(local)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     found = {
-        "gcs_uri": ref["gcs_uri"],
+        "gcs_uri": gcs_uri,
         "is_dir": path.is_dir(),
         "files": len(files),
         "bytes": sum(file.stat().st_size for file in files),
     }
-    print(f"found {found['files']} files, {found['bytes']} bytes in {found['gcs_uri']}")
+    print(f"found {found['files']} files, {found['bytes']} bytes in {gcs_uri}")
     return found
 
 
@@ -62,7 +62,7 @@ def wait_for_dataset():
         poke_interval=10,
         timeout=24 * 60 * 60,
     )
-    describe(ready.output)
+    describe(ready.output, ready.output["gcs_uri"])
 
 
 wait_for_dataset()

@@ -129,6 +129,7 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
                 with permanent_errors_fail_the_task():
                     self.op_args = paths.put_into(self.op_args)
                     self.op_kwargs = paths.put_into(self.op_kwargs)
+                paths.warn_of_text()
                 return super().execute(context)
         finally:
             self._running = False
@@ -218,11 +219,12 @@ class PathsForRefs:
         self._fetch = fetch
         self._fetched: dict[tuple[str, bool], str] = {}
         self._entered: set[int] = set()  # ids of the containers around the current value
-        self._warned = False
+        self._texts: dict[str, str] = {}  # of datasets, and what kind of text it is
 
     def put_into(self, value: Any) -> Any:
         if isinstance(value, str):
-            self._warn_of_text(value)
+            if what := _what_it_spells(value):
+                self._texts[value] = what
             return value
         if is_data_ref(value):
             return self._path(parse_data_ref(value))
@@ -248,16 +250,18 @@ class PathsForRefs:
             self._fetched[key] = self._fetch(ref)
         return self._fetched[key]
 
-    def _warn_of_text(self, text: str) -> None:
-        if self._warned or not (what := _what_it_spells(text)):
-            return
-        self._warned = True
-        _log.warning(
-            "Not downloaded: an argument is %s, as text. Pass the ref itself, such as "
-            "upload.output, or make_data_ref(uri, is_dir): %.200s",
-            what,
-            text,
-        )
+    def warn_of_text(self) -> None:
+        """Log one warning if a dataset was left out because only its text was passed."""
+        fetched = {uri for uri, _ in self._fetched}
+        for text, what in self._texts.items():
+            if text not in fetched:
+                _log.warning(
+                    "Not downloaded: an argument is %s, as text. Pass the ref itself, such as "
+                    "upload.output, or make_data_ref(uri, is_dir): %.200s",
+                    what,
+                    text,
+                )
+                break
 
     def _changes(self, items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
         return {key: new for key, old in items if (new := self.put_into(old)) is not old}

@@ -132,9 +132,16 @@ def test_what_holds_no_ref_that_is_looked_for_is_the_very_same_object(paths, val
 )
 def test_one_warning_says_what_to_pass_instead_of_text(paths, caplog, text, what):
     assert paths.put_into(["gs://bucket/raw/", [text, text], {"x": text}])
+    paths.warn_of_text()
     (record,) = caplog.records
     assert what in record.message
     assert "upload.output" in record.message
+
+
+def test_the_uri_of_a_dataset_that_is_passed_too_draws_no_warning(paths, caplog):
+    paths.put_into({"folder": REF, "called": REF["gcs_uri"]})
+    paths.warn_of_text()
+    assert caplog.records == []
 
 
 def test_a_container_inside_itself_is_left_as_it_is(paths):

@@ -140,7 +140,6 @@ def _digits_are_uploaded_once_and_the_model_knows_its_data(airflow, server, buck
     for hit in (False, True):
         run = airflow.trigger("train_digits", data_dir=str(data_dir))
         airflow.wait_for("report", run, "success")
-        assert airflow.xcom(run, "upload") == airflow.xcom(run, "wait")
         assert airflow.xcom(run, "train")["content_hash"] == DIGITS_HASH
         assert Data(str(data_dir / "digits")).content_hash() == DIGITS_HASH
         page = Path(airflow.xcom(run, "report")).read_text(encoding="utf-8")
