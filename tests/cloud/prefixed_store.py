@@ -4,7 +4,7 @@ The contract suite takes names as they come, "name" or "a/1", and expects an emp
 prefix it can have one in a bucket that holds other things.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from keras_remote_airflow.core.cloud.store import (
     FileToSend,
@@ -27,6 +27,10 @@ class PrefixedStore:
     def list_page(self, prefix: str, token: str | None = None) -> Page:
         page = self._store.list_page(self._prefix + prefix, token)
         return Page([self._shown(info) for info in page.objects], page.next_token)
+
+    def stat(self, names: Sequence[str]) -> list[ObjectInfo | None]:
+        found = self._store.stat([self._prefix + name for name in names])
+        return [info and self._shown(info) for info in found]
 
     def create(self, name: str, content: bytes) -> bool:
         return self._store.create(self._prefix + name, content)

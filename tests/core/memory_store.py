@@ -4,7 +4,7 @@ It passes the same contract suite as the store on Cloud Storage (`test_store.py`
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import google_crc32c
 
@@ -62,6 +62,10 @@ class MemoryStore:
 
     async def alist_page(self, prefix: str, token: str | None = None) -> Page:
         return self.list_page(prefix, token)
+
+    def stat(self, names: Sequence[str]) -> list[ObjectInfo | None]:
+        self.calls.append("stat")
+        return [self._objects[name][0] if name in self._objects else None for name in names]
 
     def create(self, name: str, content: bytes) -> bool:
         self.calls.append("create")

@@ -2,8 +2,13 @@
 
 Nothing here overwrites or deletes: every write is create-only (`ifGenerationMatch=0`) and declares
 the CRC32C that was taken when the data was hashed, so Cloud Storage refuses bytes that are not the
-hashed ones. On "Precondition failed" (412), size and CRC32C are compared. If both match, another
+hashed ones. The size and CRC32C in the answer are compared too, for servers that don't check. On
+"Precondition failed" (412), those of the object that is there are compared. If both match, another
 uploader, or an earlier attempt whose answer was lost, has stored the file.
+
+Fields of an answer are optional: listings of buckets with a customer-managed key lack `crc32c`
+(https://cloud.google.com/storage/docs/encryption/customer-managed-keys). A request for the object
+itself tells it, and so do the headers of a download.
 
 Requests: https://cloud.google.com/storage/docs/json_api/v1/objects
 """
@@ -14,8 +19,16 @@ import json
 import mimetypes
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -41,7 +54,7 @@ from keras_remote_airflow.core.cloud.transfer import (
     check_unchanged,
     read_whole,
 )
-from keras_remote_airflow.core.cloud.transport import MAX_REQUESTS, Transport
+from keras_remote_airflow.core.cloud.transport import MAX_REQUESTS, Answer, Transport
 from keras_remote_airflow.core.errors import IntegrityError, StoreError
 from keras_remote_airflow.core.layout import MAX_MARKER_BYTES
 
@@ -56,6 +69,10 @@ _SINGLE_REQUEST_BYTES = 8 << 20
 _STREAMING_BYTES = 2 * CHUNK_BYTES
 # Random for each process, so that no content contains it on purpose.
 _BOUNDARY = secrets.token_hex(16)
+# How often a server may say of one object that it is there (412) and then that it is not (404).
+_MAX_CONTRADICTIONS = 3
+# What a parser raises for an answer that Cloud Storage would not give.
+_NOT_UNDERSTOOD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _CRC32C_HEADER = re.compile(r"crc32c=([A-Za-z0-9+/=]+)")
 
 
@@ -73,7 +90,7 @@ class GcsStore:
         self._disk = Disk()
         self._objects = f"/storage/v1/b/{quote(bucket, safe='')}/o"
         self._create_url = f"/upload{self._objects}?" + urlencode(
-            {"ifGenerationMatch": 0, "fields": "generation"}
+            {"ifGenerationMatch": 0, "fields": "size,crc32c,generation"}
         )
 
     def _uri(self, name: str) -> str:
@@ -95,8 +112,7 @@ class GcsStore:
                 body = await _read_at_most(answer.body, MAX_MARKER_BYTES)
                 if len(body) > MAX_MARKER_BYTES:
                     return answer.status, body
-                declared = _CRC32C_HEADER.search(",".join(answer.headers.getall("x-goog-hash", ())))
-                if declared and _decode(declared[1]) != google_crc32c.value(body):
+                if _crc32c_of(answer) not in (None, google_crc32c.value(body)):
                     raise RetryableError("its bytes disagree with the x-goog-hash sent along")
                 return answer.status, body
 
@@ -125,10 +141,38 @@ class GcsStore:
                 raise failure(status, body)
             with _understanding(body):
                 page = json.loads(body)
-                items = [_info(item) for item in page.get("items", ())]
-                return Page(items, page.get("nextPageToken"))
+                items = [_info(item) for item in page.get("items") or ()]
+                next_token = page.get("nextPageToken") or None
+            if next_token is not None and next_token == token:
+                raise _not_understood("a page of a listing leads to itself")
+            return Page(items, next_token)
 
         return await self._transport.retry.run(f"listing {self._uri(prefix)}", attempt)
+
+    def stat(self, names: Sequence[str]) -> list[ObjectInfo | None]:
+        found: list[ObjectInfo | None] = [None] * len(names)
+
+        async def one(numbered: tuple[int, str]) -> None:
+            number, name = numbered
+            found[number] = await self._stat(name)
+
+        self._transport.run(self._concurrently(enumerate(names), one))
+        return found
+
+    async def _stat(self, name: str) -> ObjectInfo | None:
+        url = self._object(name, fields="size,crc32c,generation,metadata")
+
+        async def attempt() -> ObjectInfo | None:
+            status, _, body = await self._transport.exchange("GET", url, expected=(200, 404))
+            if status == 404:
+                self._check_bucket(body)
+                return None
+            info = _comparable(name, body)
+            if info is None:
+                raise _not_understood(body[:80])
+            return info
+
+        return await self._transport.retry.run(f"looking at {self._uri(name)}", attempt)
 
     def _check_bucket(self, body: bytes) -> None:
         """Raise StoreError if this is the body of the 404 for a missing bucket.
@@ -141,19 +185,28 @@ class GcsStore:
             )
 
     def create(self, name: str, content: bytes) -> bool:
-        declared = {"name": name, "crc32c": encode_crc32c(google_crc32c.value(content))}
+        crc32c = google_crc32c.value(content)
+        declared = {"name": name, "crc32c": encode_crc32c(crc32c)}
         headers, head, tail = _multipart(declared, "application/json")
         url = self._create_url + "&uploadType=multipart"
-        body = head + content + tail
+        sent = head + content + tail
 
-        async def attempt() -> int:
-            status, _, _ = await self._transport.exchange(
-                "POST", url, expected=(200, 412), headers=headers, data=body
+        async def attempt() -> tuple[int, bytes]:
+            status, _, body = await self._transport.exchange(
+                "POST", url, expected=(200, 400, 412), headers=headers, data=sent
             )
-            return status
+            if status == 400:
+                raise _bad_request(body)
+            return status, body
 
         what = f"creating {self._uri(name)}"
-        return self.run(self._transport.retry.run(what, attempt, len(body))) == 200
+        status, body = self.run(self._transport.retry.run(what, attempt, len(sent)))
+        if status == 412:
+            return False
+        there = _comparable(name, body)
+        if there and not there.holds(len(content), crc32c, b""):
+            raise conflict(self._uri(name), there, "memory", len(content), crc32c)
+        return True
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Do work that awaits methods of this store; see `Transport.run`."""
@@ -168,9 +221,8 @@ class GcsStore:
         moved: Callable[[int], None] = ignore_moved,
     ) -> None:
         async def one(file: FileToSend) -> None:
-            send = self._send_whole if file.size <= _SINGLE_REQUEST_BYTES else self._send_resumable
             with Transit(moved) as transit:
-                was_sent = await send(file, transit)
+                was_sent = await self._send(file, transit)
             done(file, was_sent)
 
         self._transport.run(self._concurrently(files, one))
@@ -193,12 +245,37 @@ class GcsStore:
             error = group_error.exceptions[0]
             raise error from error.__cause__  # "from None" would remove its cause
 
-    async def _send_whole(self, file: FileToSend, transit: Transit) -> bool:
-        """Send a file in one multipart request; return False if the object was there."""
+    async def _send(self, file: FileToSend, transit: Transit) -> bool:
+        """Store a file; return False if an object that holds the same bytes was there."""
+        send = self._send_whole if file.size <= _SINGLE_REQUEST_BYTES else self._send_resumable
+        uri = self._uri(file.name)
+        for _ in range(_MAX_CONTRADICTIONS):
+            status, body = await send(file, transit)
+            there = _comparable(file.name, body) if status != 412 else None
+            there = there or await self._stat(file.name)
+            if there and there.holds(file.size, file.crc32c, file.digest):
+                return status != 412
+            # Some servers answer 412 to a bad checksum, others check none: look at the file before
+            # anything is concluded from the object.
+            await self._transport.retry.run(
+                f"reading {file.path}", partial(check_unchanged, file), CHUNK_BYTES
+            )
+            if there:
+                raise conflict(uri, there, file.path, file.size, file.crc32c)
+        raise StoreError(
+            f"{_MAX_CONTRADICTIONS} times an object was there (HTTP 412) and then gone (404): "
+            f"{uri}, from {file.path}. Find out what deletes objects there, or damages data on the "
+            "way; then retry.",
+            status=412,
+            transient=True,
+        )
+
+    async def _send_whole(self, file: FileToSend, transit: Transit) -> tuple[int, bytes]:
+        """Send a file in one multipart request; return status and body of the answer."""
         url = self._create_url + "&uploadType=multipart"
         headers, head, tail = _multipart(_declared(file), _content_type(file.name))
 
-        async def attempt() -> int:
+        async def attempt() -> tuple[int, bytes]:
             if file.size <= CHUNK_BYTES:
                 content = await self._disk.read(partial(read_whole, file))
                 return await self._put("POST", url, file, headers, head + content + tail)
@@ -207,31 +284,30 @@ class GcsStore:
                 pieces = source.pieces(0, transit, self._disk)
                 return await self._put("POST", url, file, headers, _framed(head, pieces, tail))
 
-        status = await self._transport.retry.run(
+        return await self._transport.retry.run(
             self._uploading(file), attempt, min(file.size, _STREAMING_BYTES)
         )
-        return status != 412 or await self._find_same(file)
 
-    async def _send_resumable(self, file: FileToSend, transit: Transit) -> bool:
+    async def _send_resumable(self, file: FileToSend, transit: Transit) -> tuple[int, bytes]:
         """Send a large file through an upload session, going on where a broken attempt ended."""
         session: str | None = None
         committed = 0
 
-        async def attempt() -> int:
+        async def attempt() -> tuple[int, bytes]:
             nonlocal session, committed
             with Source(file) as source:
                 if session is None:
                     session = await self._open_session(file)
                     if session is None:
-                        return 412
+                        return 412, b""
                 else:
-                    status, committed = await self._committed(session, file)
+                    status, committed, body = await self._committed(session, file)
+                    # The session is gone, or of no use: the next attempt opens another.
+                    if status in (404, 410) or committed >= file.size:
+                        session, committed = None, 0
+                        raise RetryableError("the upload session is of no use any more", status)
                     if status != 308:
-                        # The session is gone: the next attempt opens another.
-                        if status in (404, 410):
-                            session, committed = None, 0
-                            raise RetryableError("the upload session expired", status)
-                        return status
+                        return status, body
                 headers = {
                     "Content-Length": str(file.size - committed),
                     "Content-Range": f"bytes {committed}-{file.size - 1}/{file.size}",
@@ -239,10 +315,9 @@ class GcsStore:
                 pieces = source.pieces(committed, transit, self._disk)
                 return await self._put("PUT", session, file, headers, pieces)
 
-        status = await self._transport.retry.run(
+        return await self._transport.retry.run(
             self._uploading(file), attempt, _STREAMING_BYTES, lambda: committed
         )
-        return status != 412 or await self._find_same(file)
 
     def _uploading(self, file: FileToSend) -> str:
         return f"uploading {file.path} to {self._uri(file.name)}"
@@ -264,60 +339,31 @@ class GcsStore:
         with _understanding(b"no Location"):
             return answered["Location"] if status != 412 else None
 
-    async def _committed(self, session: str, file: FileToSend) -> tuple[int, int]:
-        """Ask a session how it stands; return the status and how many bytes it has."""
+    async def _committed(self, session: str, file: FileToSend) -> tuple[int, int, bytes]:
+        """Ask a session how it stands; return status, how many bytes it has, and the body."""
         headers = {"Content-Range": f"bytes */{file.size}", "Content-Length": "0"}
-        status, answered, _ = await self._transport.exchange(
+        status, answered, body = await self._transport.exchange(
             "PUT", session, expected=(200, 201, 308, 404, 410, 412), headers=headers
         )
-        received = answered.get("Range", "")
-        return status, int(received.rpartition("-")[2]) + 1 if received else 0
+        received = answered.get("Range", "") if status == 308 else ""
+        with _understanding(received.encode()):
+            return status, int(received.rpartition("-")[2]) + 1 if received else 0, body
 
     async def _put(
         self, method: str, url: str, file: FileToSend, headers: dict[str, str], data: Any
-    ) -> int:
-        """Send the file's bytes once; return 200 or 201 for stored, 412 for already there."""
+    ) -> tuple[int, bytes]:
+        """Send the file's bytes once; return status (412: already there) and body of the answer."""
         status, _, body = await self._transport.exchange(
             method, url, expected=(200, 201, 308, 400, 412), headers=headers, data=data
         )
         if status == 308:
             raise RetryableError("the upload session holds only part of the file", 308)
         if status != 400:
-            return status
+            return status, body
         # 400 is how Cloud Storage refuses bytes that are not the declared ones. Were they damaged
         # on the way, or has the file changed? The file on disk tells.
         await check_unchanged(file)
-        if b"crc32c" in body.lower() or b"checksum" in body.lower() or b"hash" in body.lower():
-            raise RetryableError("the bytes were damaged on the way (HTTP 400)", 400)
-        raise failure(400, body)
-
-    async def _find_same(self, file: FileToSend) -> bool:
-        """Return False if the object that is there has the file's bytes; raise for any others."""
-        uri = self._uri(file.name)
-        url = self._object(file.name, fields="name,size,crc32c,generation")
-
-        async def attempt() -> ObjectInfo | None:
-            status, _, body = await self._transport.exchange("GET", url, expected=(200, 404))
-            if status == 404:
-                return None
-            with _understanding(body):
-                return _info(json.loads(body))
-
-        there = await self._transport.retry.run(f"looking at {uri}", attempt)
-        if there is None:
-            raise StoreError(
-                f"an object was deleted during the upload: {uri}. Find out what deletes objects "
-                "there, then retry.",
-                status=412,
-                transient=True,
-            )
-        if (there.size, there.crc32c) != (file.size, file.crc32c):
-            # Some servers answer 412 to a bad checksum too: look at the file before the object.
-            await self._transport.retry.run(
-                f"reading {file.path}", partial(check_unchanged, file), CHUNK_BYTES
-            )
-            raise conflict(uri, there, file.path, file.size, file.crc32c)
-        return False
+        raise _bad_request(body)
 
     # Downloads
 
@@ -335,15 +381,20 @@ class GcsStore:
         self._transport.run(self._concurrently(objects, one))
 
     async def _fetch(self, wanted: ObjectToFetch, transit: Transit) -> None:
-        info = wanted.info
-        uri = self._uri(info.name)
-        url = self._object(info.name, alt="media", generation=info.generation)
+        name, size, *_ = wanted.info
+        generation = None if wanted.info.generation is None else str(wanted.info.generation)
+        uri = self._uri(name)
         with Sink(wanted, uri) as sink:
 
             async def attempt() -> None:
+                nonlocal generation
                 headers = {"Range": f"bytes={sink.size}-"} if sink.size else {}
+                version = {} if generation is None else {"generation": generation}
                 async with self._transport.request(
-                    "GET", url, expected=(200, 206, 404, 416), headers=headers
+                    "GET",
+                    self._object(name, alt="media", **version),
+                    expected=(200, 206, 404, 416),
+                    headers=headers,
                 ) as answer:
                     if answer.status == 416:
                         sink.restart()
@@ -351,21 +402,27 @@ class GcsStore:
                     if answer.status == 404:
                         raise IntegrityError(
                             "an object is gone or was replaced since it was listed (generation "
-                            f"{info.generation}): {uri}. Retry; if it stays away, have the data "
+                            f"{generation}): {uri}. Retry; if it stays away, have the data "
                             "uploaded again."
                         )
                     if answer.status == 200:
                         sink.restart()
+                        if wanted.info.crc32c is None:
+                            sink.crc32c = _crc32c_of(answer)
+                    if generation is None:
+                        generation = answer.headers.get("x-goog-generation")
                     async for piece in answer.body:
                         sink.add(piece)
-                        if info.size > CHUNK_BYTES:
+                        if sink.size > CHUNK_BYTES:
                             transit.reach(sink.size)
+                if sink.crc32c is None:
+                    raise _not_understood("a download without a checksum")
                 sink.check()
 
             await self._transport.retry.run(
                 f"downloading {uri}",
                 attempt,
-                min(info.size, _STREAMING_BYTES),
+                _STREAMING_BYTES if size is None else min(size, _STREAMING_BYTES),
                 lambda: sink.size,
             )
 
@@ -410,11 +467,22 @@ def _understanding(body: bytes) -> Iterator[None]:
     """Raise RefusedError for an answer that Cloud Storage would not give."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise RefusedError(
-            f"the server's answer is not a Cloud Storage answer, or is incomplete ({body[:80]!r})",
-            remedy="Check the endpoint, STORAGE_EMULATOR_HOST and the proxy.",
-        ) from exc
+    except _NOT_UNDERSTOOD as exc:
+        raise _not_understood(body[:80]) from exc
+
+
+def _not_understood(found: object) -> RefusedError:
+    return RefusedError(
+        f"the server's answer is not a Cloud Storage answer, or is incomplete ({found})",
+        remedy="Check the endpoint, STORAGE_EMULATOR_HOST and the proxy.",
+    )
+
+
+def _bad_request(body: bytes) -> RetryableError | RefusedError:
+    """Return the error for a 400 to bytes that are as declared here."""
+    if any(word in body.lower() for word in (b"crc32c", b"checksum", b"hash")):
+        return RetryableError("the bytes were damaged on the way (HTTP 400)", 400)
+    return failure(400, body)
 
 
 async def _read_at_most(pieces: AsyncIterator[bytes], limit: int) -> bytes:
@@ -428,13 +496,30 @@ async def _read_at_most(pieces: AsyncIterator[bytes], limit: int) -> bytes:
 
 
 def _info(item: dict[str, Any]) -> ObjectInfo:
+    size, crc32c, generation = item.get("size"), item.get("crc32c"), item.get("generation")
     return ObjectInfo(
         item["name"],
-        int(item["size"]),
-        _decode(item["crc32c"]),
-        int(item["generation"]),
-        item.get("metadata", {}).get(DIGEST_KEY),
+        None if size is None else int(size),
+        None if crc32c is None else _decode(crc32c),
+        None if generation is None else int(generation),
+        (item.get("metadata") or {}).get(DIGEST_KEY),
     )
+
+
+def _comparable(name: str, body: bytes) -> ObjectInfo | None:
+    """Return what an answer says about one object, or None if size or CRC32C is not in it."""
+    with suppress(*_NOT_UNDERSTOOD):
+        info = _info({**json.loads(body), "name": name})
+        if info.size is not None and info.crc32c is not None:
+            return info
+    return None
+
+
+def _crc32c_of(answer: Answer) -> int | None:
+    """Return the CRC32C in the headers of a download, or None if there is none."""
+    declared = _CRC32C_HEADER.search(",".join(answer.headers.getall("x-goog-hash", ())))
+    with _understanding(b"x-goog-hash"):
+        return _decode(declared[1]) if declared else None
 
 
 def _decode(crc32c: str) -> int:

@@ -6,14 +6,16 @@ is imported when a bucket is opened.
 
 import base64
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from keras_remote_airflow.core.errors import ConflictError
+from keras_remote_airflow.core.errors import ConflictError, StoreError
 
 
 class ObjectInfo(NamedTuple):
-    """One object as a listing shows it.
+    """What an answer of the server says about one object; None for what it doesn't say.
+
+    Listings of buckets with a customer-managed key have no CRC32C.
 
     Attributes:
         name: in the bucket.
@@ -24,10 +26,24 @@ class ObjectInfo(NamedTuple):
     """
 
     name: str
-    size: int
-    crc32c: int
-    generation: int
+    size: int | None
+    crc32c: int | None
+    generation: int | None
     digest: str | None = None
+
+    def holds(self, size: int, crc32c: int, digest: bytes) -> bool | None:
+        """Return whether the object holds the bytes of this file; None if that isn't known.
+
+        Args:
+            size: of the file.
+            crc32c: of its content.
+            digest: its file digest, raw; it decides where the server says too little.
+        """
+        if self.crc32c == crc32c and self.size == size:
+            return True
+        if self.size not in (None, size) or self.crc32c not in (None, crc32c):
+            return False
+        return True if self.digest == digest.hex() else None
 
 
 class Page(NamedTuple):
@@ -81,6 +97,12 @@ class ObjectStore(Protocol):
 
     def list_page(self, prefix: str, token: str | None = None) -> Page:
         """Return one page of the objects whose names begin with `prefix`."""
+
+    def stat(self, names: Sequence[str]) -> list[ObjectInfo | None]:
+        """Ask for each of these objects, concurrently; None for one that is not there.
+
+        What is returned has size and CRC32C, whatever listings of the bucket lack.
+        """
 
     def create(self, name: str, content: bytes) -> bool:
         """Store a small object unless the name is taken; return whether it was stored."""
@@ -142,22 +164,42 @@ def first_page(store: ObjectStore, prefix: str) -> Page:
 
 
 def list_objects(store: ObjectStore, prefix: str) -> Iterator[ObjectInfo]:
-    """Yield every object whose name begins with `prefix`, in the byte order of the names."""
-    token = None
+    """Yield every object whose name begins with `prefix`, in the byte order of the names.
+
+    Their sizes are known: objects that are listed without one are asked for.
+    """
+    token, last = None, ""
     while True:
         page = store.list_page(prefix, token)
-        yield from page.objects
+        for info in _with_sizes(store, page.objects):
+            if info.name <= last:
+                raise StoreError(
+                    "the server's answer is not a Cloud Storage answer, or is incomplete "
+                    f"(it lists {info.name} after {last}): gs://{store.bucket}/{prefix}"
+                )
+            last = info.name
+            yield info
         token = page.next_token
         if token is None:
             return
 
 
+def _with_sizes(store: ObjectStore, objects: list[ObjectInfo]) -> list[ObjectInfo]:
+    unsized = [info.name for info in objects if info.size is None]
+    if not unsized:
+        return objects
+    asked = iter(store.stat(unsized))
+    known = (next(asked) if info.size is None else info for info in objects)
+    return [info for info in known if info is not None]  # those that are gone by now are left out
+
+
 def conflict(uri: str, there: ObjectInfo, path: str, size: int, crc32c: int) -> ConflictError:
     """Return the error for an object that holds other bytes than the file that belongs there."""
+    found = "unknown" if there.crc32c is None else encode_crc32c(there.crc32c)
     return ConflictError(
-        f"an object holds other bytes than its file: {there.size} bytes with CRC32C "
-        f"{encode_crc32c(there.crc32c)}, expected {size} with {encode_crc32c(crc32c)}: {uri}, from "
-        f"{path}. Nothing was overwritten. If the object should not be there, {how_to_remove(uri)}"
+        f"an object holds other bytes than its file: {there.size} bytes with CRC32C {found}, "
+        f"expected {size} with {encode_crc32c(crc32c)}: {uri}, from {path}. Nothing was "
+        f"overwritten. If the object should not be there, {how_to_remove(uri)}"
     )
 
 

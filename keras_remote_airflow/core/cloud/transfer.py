@@ -117,11 +117,17 @@ class Source:
 
 
 class Sink:
-    """The file that a download fills, and what has arrived of it so far."""
+    """The file that a download fills, and what has arrived of it so far.
+
+    Attributes:
+        size: bytes that have arrived.
+        crc32c: of the object; None while that isn't known.
+    """
 
     def __init__(self, wanted: ObjectToFetch, uri: str) -> None:
         self.size = 0
-        self._crc32c = 0
+        self.crc32c = wanted.info.crc32c
+        self._crc32c_of_arrived = 0
         self._corrupt = 0
         self._info = wanted.info
         self._uri = uri
@@ -137,7 +143,7 @@ class Sink:
 
     def restart(self) -> None:
         """Forget what has arrived."""
-        self.size = self._crc32c = 0
+        self.size = self._crc32c_of_arrived = 0
         if self._descriptor is None:
             self._descriptor = _open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         else:
@@ -147,7 +153,7 @@ class Sink:
     def add(self, piece: bytes) -> None:
         assert self._descriptor is not None  # noqa: S101 - a response begins with restart()
         _write(self._descriptor, piece)
-        self._crc32c = google_crc32c.extend(self._crc32c, piece)
+        self._crc32c_of_arrived = google_crc32c.extend(self._crc32c_of_arrived, piece)
         self.size += len(piece)
 
     def check(self) -> None:
@@ -155,10 +161,11 @@ class Sink:
 
         RetryableError the first few times, then IntegrityError.
         """
-        if (self.size, self._crc32c) == (self._info.size, self._info.crc32c):
+        size = self.size if self._info.size is None else self._info.size
+        if (self.size, self._crc32c_of_arrived) == (size, self.crc32c):
             return
-        found = f"{self.size} bytes with CRC32C {encode_crc32c(self._crc32c)}"
-        expected = f"{self._info.size} bytes with CRC32C {encode_crc32c(self._info.crc32c)}"
+        found = f"{self.size} bytes with CRC32C {encode_crc32c(self._crc32c_of_arrived)}"
+        expected = f"{size} bytes with CRC32C {encode_crc32c(self.crc32c or 0)}"
         self.restart()
         self._corrupt += 1
         if self._corrupt >= _MAX_CORRUPT:

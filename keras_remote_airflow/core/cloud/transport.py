@@ -13,6 +13,7 @@ import asyncio
 import os
 import ssl
 import threading
+import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -22,13 +23,19 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import quote
 
 import aiohttp
-from multidict import CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from keras_remote_airflow.core.cloud.credentials import AccessTokens
 from keras_remote_airflow.core.cloud.limiter import Limiter
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
-from keras_remote_airflow.core.cloud.retry import Retrier, RetryableError, failure
+from keras_remote_airflow.core.cloud.retry import (
+    RETRYABLE,
+    RefusedError,
+    Retrier,
+    RetryableError,
+    failure,
+)
 from keras_remote_airflow.core.errors import StoreError
 
 _T = TypeVar("_T")
@@ -41,11 +48,16 @@ _THREADS = 32  # for what blocks, such as reading from a slow disk: as many as h
 # Bytes of a streamed body that are read at a time.
 _READ_BYTES = 1 << 20
 _ERROR_BYTES = 4096  # of the body of an answer that was not expected
+_GZIP = 31  # what zlib calls the gzip format
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Answer(NamedTuple):
-    """The answer to a request, of an expected status, its body still to be read."""
+    """The answer to a request, of an expected status, its body still to be read.
+
+    The body is what the server stores or says: compression on the way is undone, and objects that
+    are stored in gzip stay in gzip.
+    """
 
     status: int
     headers: CIMultiDictProxy[str]
@@ -59,7 +71,8 @@ class Transport:
         retry: makes attempts until one succeeds; requests are made inside its attempts.
 
     Args:
-        client: the google.cloud.storage.Client whose credentials and endpoint to use.
+        client: the google.cloud.storage.Client whose credentials, endpoint and extra headers to
+            use.
         policy: when to retry.
         user_project: id of the project to bill, if the bucket uses Requester Pays
             (https://cloud.google.com/storage/docs/requester-pays); None bills the
@@ -79,8 +92,9 @@ class Transport:
         self._user_project = f"userProject={quote(user_project, safe='')}" if user_project else ""
         limiter = limiter or Limiter(MAX_REQUESTS, _MAX_BYTES)
         self.retry = Retrier(policy, limiter, self._endpoint)
-        # The client has no public name for its credentials.
+        # The client has no public names for its credentials and headers.
         self._tokens = AccessTokens(client._credentials)
+        self._headers = _headers(client._initial_client_info, client._extra_headers)
         self._pid = os.getpid()
         self._loop = asyncio.new_event_loop()
         # For what blocks: reading from slow disks, fetching tokens. Threads start when needed.
@@ -123,9 +137,7 @@ class Transport:
             # of reading begins only when the body is sent.
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
             auto_decompress=False,
-            # Without it Cloud Storage would send the decompressed bytes of gzip-encoded objects,
-            # which are not the ones that size and CRC32C describe.
-            headers={"Accept-Encoding": "gzip", "User-Agent": "keras-remote-airflow"},
+            headers=self._headers,
         )
         # When a connection that was kept breaks, older versions of aiohttp send a PUT again by
         # themselves, with what is left of its body. There is no public switch for that.
@@ -219,25 +231,38 @@ class Transport:
             def moved() -> None:
                 stalled.reschedule(self._loop.time() + self._stall_timeout)
 
-            async with self._session.request(
-                method,
-                self._url(url),
-                headers=headers,
-                data=_watched(data, moved) if isinstance(data, AsyncIterable) else data,
-                proxy=self._proxy,
-                allow_redirects=False,
-            ) as response:
-                if response.status not in expected:
-                    error = failure(
-                        response.status,
-                        await response.content.read(_ERROR_BYTES),
-                        response.headers.get("Retry-After", ""),
-                    )
-                    if response.status == 401 and self._tokens.renew(headers):
-                        error = RetryableError(str(error), 401)
-                    raise error
-                body = _watched(response.content.iter_chunked(_READ_BYTES), moved)
-                yield Answer(response.status, response.headers, body)
+            try:
+                async with self._session.request(
+                    method,
+                    self._url(url),
+                    headers=headers,
+                    data=_watched(data, moved) if isinstance(data, AsyncIterable) else data,
+                    proxy=self._proxy,
+                    allow_redirects=False,
+                ) as response:
+                    if response.status not in expected:
+                        raise await self._failure(response, headers)
+                    body = _watched(response.content.iter_chunked(_READ_BYTES), moved)
+                    if _is_compressed_on_the_way(response.headers, url):
+                        body = _decompressed(body)
+                    yield Answer(response.status, response.headers, body)
+            except aiohttp.ClientHttpProxyError as exc:  # the answer to CONNECT
+                raise proxy_refusal(exc.status, exc.message, self._proxy) from None
+
+    async def _failure(
+        self, response: aiohttp.ClientResponse, headers: Mapping[str, str]
+    ) -> RetryableError | RefusedError:
+        """Return the error for an answer that was not expected; `headers` are the request's."""
+        body = await response.content.read(_ERROR_BYTES)
+        if response.headers.get("Content-Encoding") == "gzip":
+            with suppress(zlib.error):
+                body = zlib.decompressobj(_GZIP).decompress(body, _ERROR_BYTES)
+        if _is_the_proxys(response, body):
+            return proxy_refusal(response.status, response.reason or "", self._proxy)
+        error = failure(response.status, body, response.headers.get("Retry-After", ""))
+        if response.status == 401 and self._tokens.renew(headers):
+            return RetryableError(str(error), 401)
+        return error
 
     def _url(self, url: str) -> URL:
         if self._user_project and "userProject=" not in url:
@@ -261,6 +286,73 @@ async def _watched(pieces: AsyncIterable[bytes], moved: Callable[[], None]) -> A
         moved()
         yield piece
         moved()
+
+
+async def _decompressed(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    gzip, is_empty = zlib.decompressobj(_GZIP), True
+    try:
+        async for piece in pieces:
+            is_empty = False
+            yield gzip.decompress(piece)
+    except zlib.error as exc:
+        raise RetryableError(f"the compression of the answer is damaged ({exc})") from exc
+    if not gzip.eof and not is_empty:
+        raise RetryableError("the compressed answer ends too early")
+
+
+def _is_compressed_on_the_way(headers: Mapping[str, str], url: str) -> bool:
+    """Tell whether a body has to be decompressed: it is JSON, or an object that isn't stored so."""
+    if headers.get("Content-Encoding") != "gzip":
+        return False
+    return "alt=media" not in url or headers.get("X-Goog-Stored-Content-Encoding") == "identity"
+
+
+def _headers(client_info: Any, extra: Mapping[str, str] | None) -> CIMultiDict[str]:
+    """Return the headers of every request: what the client sends with its own, and ours.
+
+    Args:
+        client_info: the google.api_core ClientInfo that the client was made with, or None.
+        extra: the client's `extra_headers`.
+    """
+    agent = client_info.to_user_agent() if client_info else ""
+    headers = CIMultiDict({"User-Agent": f"{agent} keras-remote-airflow".strip()})
+    headers.update(extra or {})
+    # Without it Cloud Storage would send the decompressed bytes of gzip-encoded objects, which are
+    # not the ones that size and CRC32C describe.
+    headers["Accept-Encoding"] = "gzip"
+    return headers
+
+
+def _is_the_proxys(response: aiohttp.ClientResponse, body: bytes) -> bool:
+    """Tell whether a refusal comes from a proxy or a firewall and not from Cloud Storage."""
+    if response.status != 403:
+        return response.status == 407
+    # Cloud Storage refuses in JSON; a download in words, which name the permission.
+    in_its_words = body.lstrip().startswith(b"{") and b'"error"' in body
+    in_its_words = in_its_words or b"storage.objects." in body
+    headers = (name.lower() for name in response.headers)
+    return not (in_its_words or any(n.startswith(("x-goog-", "x-guploader-")) for n in headers))
+
+
+def proxy_refusal(status: int, reason: str, proxy: str | None) -> RetryableError | RefusedError:
+    """Return the error for a proxy's own answer to a request.
+
+    Args:
+        status: the HTTP status.
+        reason: the words beside it.
+        proxy: URL of the proxy, if the environment names one.
+    """
+    name = f"the proxy {_without_password(proxy)}" if proxy else "a proxy or firewall on the way"
+    if status == 407:
+        remedy = "Put name and password into HTTPS_PROXY: http://NAME:PASSWORD@HOST:PORT."
+    else:
+        remedy = "Have it allow Cloud Storage, or go round it with NO_PROXY."
+    error = RefusedError(f"{name} refused the request (HTTP {status} {reason})", status, remedy)
+    return RetryableError(str(error), status) if status in RETRYABLE else error
+
+
+def _without_password(url: str) -> str:
+    return url.rpartition("@")[2].rpartition("://")[2].rstrip("/")
 
 
 def _proxy(url: str) -> str | None:

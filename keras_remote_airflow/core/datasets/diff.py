@@ -4,7 +4,7 @@ Both are read in the byte order of the names, in one pass: a merge join. Memory 
 the listing.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from keras_remote_airflow.core.cloud.store import (
     ObjectInfo,
@@ -17,6 +17,9 @@ from keras_remote_airflow.core.cloud.store import (
 from keras_remote_airflow.core.disk.snapshot import Snapshot
 from keras_remote_airflow.core.errors import ConflictError
 from keras_remote_airflow.core.layout import RESERVED_NAME, CacheKey
+
+# Objects that are asked for together.
+_ASKED_TOGETHER = 1000
 
 
 def data_objects(objects: Iterable[ObjectInfo], prefix: str) -> Iterator[tuple[bytes, ObjectInfo]]:
@@ -64,6 +67,51 @@ def merge_join(
         index = next(files, None)
 
 
+def compare(
+    store: ObjectStore,
+    snapshot: Snapshot,
+    objects: Iterable[tuple[bytes, ObjectInfo]],
+    last_path: bytes | None = None,
+    *,
+    trust_sizes: bool = False,
+) -> Iterator[tuple[int | None, ObjectInfo | None, bool]]:
+    """Yield each pair of `merge_join`, and whether the object holds the file's bytes.
+
+    Where the listing says too little to compare, the object is asked for; those come last.
+
+    Args:
+        store: the bucket of the objects.
+        snapshot: what is on disk.
+        objects: as in `merge_join`.
+        last_path: as in `merge_join`.
+        trust_sizes: don't ask for objects of which the listing has neither CRC32C nor digest.
+    """
+    unsure: list[tuple[int, ObjectInfo]] = []
+    for index, info in merge_join(snapshot, objects, last_path):
+        holds: bool | None = False
+        if index is not None and info is not None:
+            file = snapshot.record(index)
+            holds = info.holds(file.size, file.crc32c, file.digest)
+            if holds is None and not (trust_sizes and info.digest is None):
+                unsure.append((index, info))
+                if len(unsure) == _ASKED_TOGETHER:
+                    yield from _ask(store, snapshot, unsure)
+                    unsure.clear()
+                continue
+        yield index, info, holds is not False
+    if unsure:
+        yield from _ask(store, snapshot, unsure)
+
+
+def _ask(
+    store: ObjectStore, snapshot: Snapshot, unsure: Sequence[tuple[int, ObjectInfo]]
+) -> Iterator[tuple[int, ObjectInfo | None, bool]]:
+    found = store.stat([info.name for _, info in unsure])
+    for (index, _), info in zip(unsure, found, strict=True):
+        file = snapshot.record(index)
+        yield index, info, bool(info and info.holds(file.size, file.crc32c, file.digest))
+
+
 def stored_files(
     store: ObjectStore, key: CacheKey, verify: str
 ) -> tuple[Iterator[tuple[bytes, ObjectInfo]], bytes | None]:
@@ -87,12 +135,14 @@ def missing_files(
         store: the bucket that `key` names.
         key: the entry.
         snapshot: the data.
-        verify: as in `stored_files`.
+        verify: as in `stored_files`. With "page" the size is enough where the listing has neither
+            CRC32C nor digest: nothing is asked for.
 
     Raises:
         ConflictError: an object under `key` holds other bytes than its file, or has no file.
     """
-    for index, found in merge_join(snapshot, *stored_files(store, key, verify)):
+    listed = stored_files(store, key, verify)
+    for index, found, holds in compare(store, snapshot, *listed, trust_sizes=verify == "page"):
         if found is None:
             if index is not None:
                 yield index
@@ -103,7 +153,7 @@ def missing_files(
                 f"an object of {found.size} bytes is under this content hash but not in the data: "
                 f"{uri}. If it should not be there, {how_to_remove(uri)}"
             )
-        file = snapshot.record(index)
-        if (file.size, file.crc32c) != (found.size, found.crc32c):
+        if not holds:
+            file = snapshot.record(index)
             path = snapshot.local_path(file.path)
             raise conflict(uri, found, path, file.size, file.crc32c)

@@ -90,12 +90,13 @@ async def look(store: AsyncReader, key: CacheKey, verify: str = "page") -> Cache
     if body is None:
         return None
     receipt = parse_marker(body, key)
-    files, size, token, is_enough = 0, 0, None, False
+    files, size, unsized, token, is_enough = 0, 0, 0, None, False
     while not is_enough:
         page = await store.alist_page(key.prefix, token)
         for _, info in data_objects(page.objects, key.prefix):
             files += 1
-            size += info.size
+            size += info.size or 0
+            unsized += info.size is None
         token = page.next_token
         # Without a receipt, all that can be seen is whether there is anything.
         is_enough = bool(files if receipt is None else verify == "page" and page.objects)
@@ -106,6 +107,8 @@ async def look(store: AsyncReader, key: CacheKey, verify: str = "page") -> Cache
             return None
         return CacheEntry(key.gcs_uri, None, None, None)
     expected = receipt.files, receipt.total_bytes
+    if unsized:  # then the number of objects has to do
+        size = receipt.total_bytes
     if files > receipt.files or size > receipt.total_bytes:
         # An upload does not mend this, so a sensor that waits for one must fail instead.
         raise ConflictError(

@@ -236,14 +236,14 @@ def download(
             yield ObjectToFetch(info, path)
 
     def done(file: ObjectToFetch) -> None:
-        received.add(1, file.info.size)
+        received.add(1, file.info.size or 0)
 
     objects = source.objects()
     with Progress(_log, "Downloading", source.ref.gcs_uri, progress) as received:
         while batch := list(islice(objects, batch_objects)):
             if not received.files:
                 if len(batch) < batch_objects:  # the first batch is the last one, too
-                    received.expect(len(batch), sum(info.size for _, info in batch))
+                    received.expect(len(batch), sum(info.size or 0 for _, info in batch))
                 elif receipt := source.receipt():
                     received.expect(receipt.files, receipt.total_bytes)
             try:

@@ -1,25 +1,96 @@
-"""The objects that a ref stands for, and how data on disk differs from them."""
+"""The objects that a ref or a URI stands for, and how data on disk differs from them."""
 
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
+from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import (
     ObjectInfo,
     ObjectStore,
-    first_page,
+    encode_crc32c,
     list_objects,
 )
-from keras_remote_airflow.core.datasets.diff import data_objects, merge_join
+from keras_remote_airflow.core.datasets.diff import compare, data_objects
 from keras_remote_airflow.core.disk.snapshot import EMPTY_DIRECTORY_HASH, Snapshot
-from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, KerasRemoteError
+from keras_remote_airflow.core.errors import (
+    EmptyDataError,
+    IntegrityError,
+    InvalidInputError,
+    KerasRemoteError,
+)
 from keras_remote_airflow.core.layout import Receipt, check_relative_paths, parse_marker
 from keras_remote_airflow.core.refs import DataRef
 
 # How many differences an error names.
 _SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is at a `gs://` URI that is passed on as it is.
+
+    Attributes:
+        uri: the URI.
+        files: number of objects.
+        bytes: their total size.
+        fingerprint: 64 hex digits that are others as soon as a file is; see `list_source`.
+    """
+
+    uri: str
+    files: int
+    bytes: int
+    fingerprint: str
+
+
+def list_source(
+    uri: str,
+    *,
+    client: Any = None,
+    user_project: str | None = None,
+    retry: RetryPolicy | None = None,
+) -> Source:
+    """List what is at a `gs://` URI: everything below it if it ends in "/", else the one object.
+
+    The fingerprint is the SHA-256 of one record for each file, in the byte order of the names:
+    the name relative to the URI (of a single object, what follows the last "/") in UTF-8, a zero
+    byte, the size in decimal, a zero byte, the CRC32C as Cloud Storage writes it (base64), and a
+    zero byte. Empty "folder" objects are left out. A bucket with a customer-managed key lists no
+    CRC32C; then "generation:" and the object's generation in decimal are in its place, because
+    asking for each object could take minutes. That fingerprint is another one, too, after the same
+    bytes were written again.
+
+    The other parameters are those of `upload_data`.
+
+    Raises:
+        InvalidInputError: the URI is not one of Cloud Storage.
+        EmptyDataError: nothing is there.
+        StoreError: Cloud Storage refused, or kept failing until the deadline (120 s).
+    """
+    ref = DataRef(uri, is_dir=uri.endswith("/"))
+    files = size = 0
+    digest = hashlib.sha256()
+    with open_bucket(ref.bucket, client, None, retry, user_project) as store:
+        for relative, info in RemoteData(store, ref).objects():
+            files += 1
+            size += info.size or 0
+            if info.crc32c is None:
+                content = f"generation:{info.generation}"
+            else:
+                content = encode_crc32c(info.crc32c)
+            digest.update(b"%b\0%d\0%b\0" % (relative, info.size or 0, content.encode()))
+    if not files:
+        hint = "" if ref.is_dir else " If it is meant as a folder, let it end in /."
+        raise EmptyDataError(
+            f"found no objects at {uri}. Check the URI, and that what writes there has done so."
+            f"{hint}"
+        )
+    return Source(uri, files, size, digest.hexdigest())
 
 
 class RemoteData:
@@ -47,9 +118,8 @@ class RemoteData:
         if self.ref.is_prefix:
             prefix = name.rstrip("/") + "/" if name else ""
             return data_objects(list_objects(self.store, prefix), prefix)
-        # In byte order the name itself comes before all others that begin with it.
-        page = first_page(self.store, name)
-        return ((os.path.basename(name).encode(), o) for o in page.objects if o.name == name)
+        path = os.path.basename(name).encode()
+        return ((path, info) for info in self.store.stat([name]) if info)
 
     def single_name(self) -> str:
         """Return the name of the one file behind the ref.
@@ -78,7 +148,7 @@ class RemoteData:
         """Return a hash of the names and generations of the objects that are there now."""
         digest = hashlib.sha256(self.ref.gcs_uri.encode())
         for _, info in self.objects():
-            digest.update(f"\0{info.name}\0{info.generation}".encode())
+            digest.update(f"\0{info.name}\0{info.generation or info[1:]}".encode())
         return digest.hexdigest()
 
     def receipt(self) -> Receipt | None:
@@ -123,14 +193,16 @@ class RemoteData:
         """Yield in words how each file differs from its object, in the byte order of the names."""
         # The digests that uploaders attach; other clients attach none.
         attached = self.key is not None and any(info.digest for _, info in self.objects())
-        for index, info in merge_join(snapshot, self.objects()):
+        # What is in a cache is compared by its hash, and this only explains how it differs.
+        compared = compare(self.store, snapshot, self.objects(), trust_sizes=self.key is not None)
+        for index, info, holds in compared:
             if index is None:
                 yield f"{info.name if info else ''} is missing on disk"
                 continue
             file = snapshot.record(index)
             if info is None:
                 yield f"{file.path} has no object"
-            elif (file.size, file.crc32c) != (info.size, info.crc32c):
+            elif not holds:
                 yield f"{file.path} differs from its object"
             elif attached and info.digest is None:
                 yield f"{file.path} was added or replaced by something else"
