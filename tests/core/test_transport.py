@@ -434,3 +434,39 @@ def test_work_that_is_left_when_the_transport_closes_is_cancelled():
         waiting.start()
         assert begun.wait(10)
     assert cancelled.wait(10)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("when", ["at once", "while it works"])
+def test_whoever_waits_for_a_thread_that_ends_too_early_is_told(when, monkeypatch):
+    real = asyncio.BaseEventLoop.run_forever
+
+    def run_forever(loop):
+        if when != "at once":
+            real(loop)
+        raise OSError("the selector broke")
+
+    async def work():
+        asyncio.get_running_loop().stop()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "run_forever", run_forever)
+    transport = Transport(client_for(f"http://{HOST}"), RetryPolicy())
+    with pytest.raises(StoreError, match="the selector broke") as raised, transport:
+        transport.run(work())
+    assert raised.value.transient
+
+
+def test_where_no_thread_can_be_started_everything_is_done_without(
+    gcs_server, gcs_bucket, tree, tmp_path, monkeypatch
+):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    small = {f"{number}": b"s" * number for number in range(40)}
+    client = client_for(gcs_server.url, ShortLived())
+    result = upload(gcs_bucket, tree(small), client=client)
+    assert result.uploaded_files == len(small)
+    materialize(make_data_ref(result.gcs_uri, True), str(tmp_path / "copy"), client=client)
+    assert on_disk(tmp_path / "copy") == small

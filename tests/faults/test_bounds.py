@@ -1,6 +1,7 @@
 """Bounds: memory for a file of any size, and requests in flight while the service is busy."""
 
 import asyncio
+import resource
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,13 @@ from faultkit import (
     FAST,
     Job,
     client_for,
+    content,
     do_materialize,
     do_upload,
     killed_at_exit,
     make_tree,
     peak_memory,
+    read_tree,
     small_files,
 )
 
@@ -94,6 +97,23 @@ def test_the_limit_doubles_until_it_is_halved_and_then_grows_by_one_a_round() ->
         limiter.increase()
     assert limiter.limit == 128
     assert Limiter(8, 1 << 20).limit == 8
+
+
+def round_trip_with_few_descriptors(limit: int, url: str, path: str, dest: str) -> dict[str, bytes]:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    return read_tree(do_materialize(url, do_upload(url, path).gcs_uri, dest))
+
+
+@pytest.mark.parametrize("limit", [48, 160])
+def test_few_descriptors_slow_a_round_trip_down_and_do_not_end_it(
+    server: StorageServer, tmp_path: Path, limit: int
+) -> None:
+    files = small_files(400) | {f"big-{i}": content((1 << 20) + i, i) for i in range(16)}
+    path = make_tree(tmp_path / "data", files)
+    back = str(tmp_path / "back")
+    job = Job(round_trip_with_few_descriptors, limit, server.url, path, back)
+    with killed_at_exit(job):
+        assert job.result() == files
 
 
 def test_a_snapshot_keeps_little_of_each_file(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 Requests run on an event loop in a thread of their own, so that hundreds can be in flight with
 little CPU, whether a script, a notebook or an Airflow task is the caller. The caller's thread
 waits interruptibly: when a signal handler raises there (how Airflow ends a task), the transfers are
-cancelled and the thread has ended before the exception goes on.
+cancelled and the thread has ended before the exception goes on. Where the system refuses to start a
+thread, the loop runs in the caller's.
 
 Credentials and endpoint come from the google-cloud-storage client. Its own upload code costs about
 2 ms of CPU per object, ten times what a plain request does.
@@ -11,11 +12,12 @@ Credentials and endpoint come from the google-cloud-storage client. Its own uplo
 
 import asyncio
 import os
+import resource
 import ssl
 import threading
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 from types import MappingProxyType
@@ -37,6 +39,7 @@ from keras_remote_airflow.core.cloud.retry import (
     failure,
 )
 from keras_remote_airflow.core.errors import StoreError
+from keras_remote_airflow.core.threads import Threads
 
 _T = TypeVar("_T")
 
@@ -90,21 +93,23 @@ class Transport:
         self._endpoint: str = client.api_endpoint.rstrip("/")
         self._stall_timeout = policy.stall_timeout
         self._user_project = f"userProject={quote(user_project, safe='')}" if user_project else ""
-        limiter = limiter or Limiter(MAX_REQUESTS, _MAX_BYTES)
+        limiter = limiter or Limiter(_most_requests(), _MAX_BYTES)
         self.retry = Retrier(policy, limiter, self._endpoint)
         # The client has no public names for its credentials and headers.
         self._tokens = AccessTokens(client._credentials)
         self._headers = _headers(client._initial_client_info, client._extra_headers)
-        self._pid = os.getpid()
         self._loop = asyncio.new_event_loop()
         # For what blocks: reading from slow disks, fetching tokens. Threads start when needed.
-        self._loop.set_default_executor(ThreadPoolExecutor(_THREADS, "cloud-storage"))
-        self._thread = threading.Thread(target=self._run_loop, name="cloud-storage")
-        self._thread.daemon = True
+        self._loop.set_default_executor(Threads(_THREADS, "cloud-storage"))
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._run_loop, name="cloud-storage", daemon=True
+        )
+        self._unfinished: set[Future[Any]] = set()
+        self._death: BaseException | None = None  # what ended the thread too early
 
     def __enter__(self) -> Self:
         try:
-            self._thread.start()
+            self._start()
             self.run(self._open())
         except BaseException:
             self._stop()
@@ -113,20 +118,64 @@ class Transport:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._submit(self._close()).result(timeout=10)
+            if self._thread is None:
+                self._loop.run_until_complete(self._close())
+            elif self._thread.is_alive():
+                self._submit(self._close()).result(timeout=10)
         finally:
             self._stop()
 
+    def _start(self) -> None:
+        assert self._thread is not None  # noqa: S101 - a transport is entered once
+        try:
+            self._thread.start()
+        except RuntimeError as exc:  # how Python says that the system refuses
+            self._thread, self._death = None, exc
+
+    def _stop(self) -> None:
+        if self._thread is None:
+            self._loop.close()
+            return
+        with suppress(RuntimeError):  # it has ended, or an interrupt came while it was started
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(10)
+
     def _run_loop(self) -> None:
-        while True:
-            try:
-                self._loop.run_forever()
-                self._loop.close()
-                return
-            except (SystemExit, KeyboardInterrupt):
-                # A callback of the caller's raised it. It ends `run_forever`, but is the result of
-                # its task as well: the loop has to go on for `run` to raise it.
-                continue
+        try:
+            is_stopped = False
+            while not is_stopped:
+                # A callback of the caller's may raise these. They end `run_forever`, but are the
+                # result of its task as well: the loop has to go on for `run` to raise it.
+                with suppress(SystemExit, KeyboardInterrupt):
+                    self._loop.run_forever()
+                    is_stopped = True
+        except BaseException as exc:  # noqa: BLE001 - raised by `run`
+            self._death = exc
+        self._loop.close()
+        self._fail_unfinished()
+
+    def _check(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Raise if the thread is not there to do this work."""
+        if self._thread is None or not self._thread.is_alive():
+            work.close()
+            raise self._gone()
+
+    def _fail_unfinished(self) -> None:
+        for future in list(self._unfinished):
+            with suppress(InvalidStateError):  # it is cancelled just now
+                future.set_exception(self._gone())
+
+    def _gone(self) -> Exception:
+        if self._death is None:
+            return RuntimeError(
+                "this store is closed, or was opened before the process forked, and its thread is "
+                "not here: open another one"
+            )
+        return StoreError(
+            f"the thread that makes the requests has ended ({self._death!r}). Try again. Where "
+            "gevent replaces threads, let one transfer at a time run in a process.",
+            transient=True,
+        )
 
     async def _open(self) -> None:
         self._proxy = _proxy(self._endpoint)
@@ -163,12 +212,9 @@ class Transport:
                 "an iterable that is passed to upload or download must not use its own store: the "
                 "store's thread consumes it, and would wait for itself"
             )
-        if os.getpid() != self._pid:
-            work.close()
-            raise RuntimeError(
-                "this store was opened before the process forked, and its thread is not here: open "
-                "another one"
-            )
+        if self._thread is None:
+            return self._loop.run_until_complete(work)
+        self._check(work)
         finished = threading.Event()
 
         async def supervised() -> _T:
@@ -193,12 +239,13 @@ class Transport:
         return await asyncio.wrap_future(self._submit(work))
 
     def _submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def _stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        with suppress(RuntimeError):  # a signal handler may have raised while it was started
-            self._thread.join(10)
+        self._check(work)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._unfinished.add(future)
+        future.add_done_callback(self._unfinished.discard)
+        if self._loop.is_closed():  # the thread may have overlooked this one
+            self._fail_unfinished()
+        return future
 
     @asynccontextmanager
     async def request(
@@ -278,6 +325,21 @@ class Transport:
         """
         async with self.request(method, url, **options) as answer:
             return answer.status, answer.headers, b"".join([piece async for piece in answer.body])
+
+
+def _most_requests() -> int:
+    """Return how many requests may be in flight.
+
+    Each opens a socket and a file. A third of the descriptors that are free is left to others.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return MAX_REQUESTS
+    try:
+        opened = len(os.listdir("/dev/fd"))
+    except OSError:
+        opened = 0
+    return max(1, min(MAX_REQUESTS, (limit - opened) // 3))
 
 
 async def _watched(pieces: AsyncIterable[bytes], moved: Callable[[], None]) -> AsyncIterator[bytes]:
