@@ -1,9 +1,11 @@
 """One contract for every `ObjectStore`: Cloud Storage's over HTTP, and the double in memory."""
 
+import asyncio
 import base64
 import hashlib
 import http.server
 import itertools
+import json
 import os
 import shlex
 import threading
@@ -388,12 +390,68 @@ def test_answer_that_is_not_cloud_storages_is_an_error_that_says_so(monkeypatch,
             pass
 
     with http.server.HTTPServer(("127.0.0.1", 0), Page) as portal:
-        threading.Thread(target=portal.serve_forever, daemon=True).start()
+        threading.Thread(target=portal.serve_forever, args=[0.01], daemon=True).start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{portal.server_port}")
         with open_bucket("bucket") as store, pytest.raises(StoreError) as raised:
             store.list_page("x")
         assert ("Cloud Storage" if status == 200 else "HTTP 404") in str(raised.value)
         portal.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("answers", "error"),
+    [
+        ([{}], None),
+        ([{"items": None, "nextPageToken": ""}], None),
+        ([{"items": [], "nextPageToken": "again"}], "leads to itself"),
+        ([{"items": [{"name": "x/b"}, {"name": "x/a"}]}], "x/a after x/b"),
+        ([{"items": [{"name": "x"}], "nextPageToken": t} for t in "AB"], "x after x"),
+        ([{"items": [{"size": "1"}]}], "incomplete"),
+        ([{"items": [{"name": "x", "crc32c": "?"}]}], "incomplete"),
+        ([[]], "not a Cloud Storage answer"),
+    ],
+    ids=["empty", "null", "one token", "disorder", "two tokens", "no name", "no CRC32C", "list"],
+)
+def test_listing_ends_whatever_the_server_answers(monkeypatch, answers, error):
+    class Lists(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if "fields=size" in self.path:  # an object whose size was not listed
+                body = json.dumps({"size": "1", "crc32c": "AAAAAA=="}).encode()
+            else:
+                answers.append(answers.pop(0))
+                body = json.dumps(answers[-1]).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Lists) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+        with open_bucket("bucket") as store:
+            if error is None:
+                assert list(list_objects(store, "x")) == []
+            else:
+                with pytest.raises(StoreError, match=error) as raised:
+                    list(list_objects(store, "x"))
+                assert not raised.value.transient
+        server.shutdown()
+
+
+def test_transfer_that_a_library_cancels_is_no_success(gcs_bucket, file):
+    def done(sent: FileToSend, _: bool) -> None:
+        if sent.name == "3":
+            raise asyncio.CancelledError
+
+    with (
+        open_bucket(gcs_bucket) as store,
+        pytest.raises(StoreError, match="library") as raised,
+    ):
+        store.upload([file(str(number), b"x") for number in range(8)], done)
+    assert raised.value.transient
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:9", "ftp://127.0.0.1:9"])

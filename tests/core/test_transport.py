@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import datetime
+import gzip
 import http.client
 import http.server
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from google.api_core.client_info import ClientInfo
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import RefreshError, TransportError
 from google.cloud import storage
@@ -46,6 +48,8 @@ class Relay(http.server.ThreadingHTTPServer):
 
     Attributes:
         seen: method, target and headers of each request.
+        refuses: a method, and the status that it answers to such requests by itself.
+        compresses: whether it compresses answers for clients that accept that.
     """
 
     daemon_threads = True
@@ -54,6 +58,8 @@ class Relay(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _RelayHandler)
         self.target = urlsplit(url).hostname, urlsplit(url).port
         self.seen: list[tuple[str, str, Message]] = []
+        self.refuses: tuple[str, int] = ("", 0)
+        self.compresses = False
         self.scheme = "https" if tls else "http"
         if tls:
             self.socket = tls.wrap_socket(self.socket, server_side=True)
@@ -69,6 +75,9 @@ class _RelayHandler(http.server.BaseHTTPRequestHandler):
 
     def relay(self) -> None:
         self.server.seen.append((self.command, self.path, self.headers))
+        if self.command == self.server.refuses[0]:
+            self.refuse()
+            return
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = urlsplit(self.path)
         connection = http.client.HTTPConnection(*self.server.target)
@@ -85,14 +94,34 @@ class _RelayHandler(http.server.BaseHTTPRequestHandler):
                 if name == "Location":
                     value = urlsplit(value)._replace(scheme=self.server.scheme).geturl()
                 self.send_header(name, value)
+        if self.server.compresses and answer.status == 200:
+            content = gzip.compress(content)
+            self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    def refuse(self) -> None:
+        """Answer as a proxy does, without waiting for the body, and hang up."""
+        page = b"<html>Ask your administrator</html>"
+        self.send_response(self.server.refuses[1])
+        self.send_header("Proxy-Authenticate", 'Basic realm="proxy"')
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+        with suppress(OSError):  # closed with bytes unread, it could take the answer away
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.connection.recv(1 << 16):
+                pass
+        self.close_connection = True
 
     do_GET = do_POST = do_PUT = relay  # noqa: N815 - the base class's names
 
     def do_CONNECT(self) -> None:
         self.server.seen.append((self.command, self.path, self.headers))
+        if self.command == self.server.refuses[0]:
+            self.refuse()
+            return
         with socket.create_connection(self.server.target) as other:
             self.send_response(200)
             self.end_headers()
@@ -116,7 +145,7 @@ def _pipe(source: socket.socket, target: socket.socket) -> None:
 @contextmanager
 def serving(relay: Relay) -> Iterator[Relay]:
     with relay:
-        threading.Thread(target=relay.serve_forever, daemon=True).start()
+        threading.Thread(target=relay.serve_forever, args=[0.01], daemon=True).start()
         yield relay
         relay.shutdown()
 
@@ -135,11 +164,12 @@ def proxy(gcs_server, monkeypatch) -> Iterator[Relay]:
         yield relay
 
 
-def client_for(endpoint: str, credentials: Any = None) -> storage.Client:
+def client_for(endpoint: str, credentials: Any = None, **options: Any) -> storage.Client:
     return storage.Client(
         project="test-project",
         credentials=credentials or AnonymousCredentials(),
-        client_options={"api_endpoint": endpoint},
+        client_options={"api_endpoint": endpoint, **options.pop("client_options", {})},
+        **options,
     )
 
 
@@ -170,6 +200,42 @@ def test_tls_goes_through_the_proxy_unopened(gcs_server, gcs_bucket, tree, tmp_p
     assert {(method, target) for method, target, _ in proxy.seen} == {("CONNECT", f"{HOST}:443")}
     assert all("secret" not in str(headers) for _, _, headers in proxy.seen)
     assert {headers["Authorization"] for _, _, headers in server.seen} == {"Bearer secret-token"}
+
+
+@pytest.mark.parametrize("status", [403, 407])
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "CONNECT"])
+def test_refusal_of_a_proxy_is_called_its_own_and_is_final(
+    proxy, gcs_bucket, tree, tmp_path, monkeypatch, method, status
+):
+    scheme = "https" if method == "CONNECT" else "http"
+    monkeypatch.setenv(f"{scheme}_proxy", proxy.url.replace("//", "//name:secret@"))
+    proxy.refuses = method, status
+    with pytest.raises(
+        StoreError, match=rf"proxy 127\S+:{proxy.server_port} .*HTTP {status}"
+    ) as raised:
+        there_and_back(client_for(f"{scheme}://{HOST}"), gcs_bucket, tree(FILES), tmp_path / "copy")
+    assert (raised.value.status, raised.value.transient) == (status, False)
+    assert "secret" not in str(raised.value)
+    assert sum(seen == method for seen, _, _ in proxy.seen) <= len(FILES)
+
+
+def test_outage_of_a_proxy_is_ridden_out(proxy, gcs_bucket, monkeypatch):
+    monkeypatch.setenv("https_proxy", proxy.url)
+    proxy.refuses = "CONNECT", 503
+    with (
+        open_bucket(
+            gcs_bucket, client_for(f"https://{HOST}"), retry=RetryPolicy(0.1, 0.01)
+        ) as store,
+        pytest.raises(StoreError, match=r"the proxy .*HTTP 503") as raised,
+    ):
+        store.read("x")
+    assert raised.value.transient
+
+
+def test_answers_that_are_compressed_on_the_way_are_read(proxy, gcs_bucket, tree, tmp_path):
+    proxy.compresses = True
+    there_and_back(client_for(f"http://{HOST}"), gcs_bucket, tree(FILES), tmp_path / "copy")
+    assert {headers["Accept-Encoding"] for _, _, headers in proxy.seen} == {"gzip"}
 
 
 def make_certificate(folder: Path) -> Path:
@@ -219,13 +285,39 @@ def test_proxy_is_looked_up_once(proxy, gcs_bucket, tree, monkeypatch):
     assert len(proxy.seen) > len(FILES)
 
 
-def test_every_request_names_the_project_that_pays(proxy, gcs_bucket, tree, tmp_path):
-    credentials = Credentials("token", quota_project_id="billed-project")
-    client = client_for(f"http://{HOST}", credentials)
+@pytest.mark.parametrize(
+    ("credentials", "options"),
+    [
+        (Credentials("token", quota_project_id="billed-project"), {}),
+        (Credentials("token"), {"client_options": {"quota_project_id": "billed-project"}}),
+        (None, {"extra_headers": {"X-Goog-User-Project": "billed-project"}}),
+    ],
+    ids=["credentials", "client options", "extra headers"],
+)
+def test_every_request_names_the_project_that_pays(
+    proxy, gcs_bucket, tree, tmp_path, credentials, options
+):
+    client = client_for(f"http://{HOST}", credentials, **options)
     there_and_back(client, gcs_bucket, tree(FILES), tmp_path / "copy")
     assert {method for method, _, _ in proxy.seen} == {"GET", "POST", "PUT"}
     named = {headers["x-goog-user-project"] for _, _, headers in proxy.seen}
     assert named == {"billed-project"}
+
+
+def test_headers_of_the_client_travel_with_every_request(proxy, gcs_bucket, tree, tmp_path):
+    client = client_for(
+        f"http://{HOST}",
+        client_info=ClientInfo(user_agent="a-team/1.0"),
+        extra_headers={"x-tenant": "vision", "accept-encoding": "identity"},
+    )
+    there_and_back(client, gcs_bucket, tree(FILES), tmp_path / "copy")
+    assert {method for method, _, _ in proxy.seen} == {"GET", "POST", "PUT"}
+    assert {headers["X-Tenant"] for _, _, headers in proxy.seen} == {"vision"}
+    assert all("a-team/1.0" in headers["User-Agent"] for _, _, headers in proxy.seen)
+    # Else Cloud Storage would decompress objects that are stored in gzip.
+    assert {tuple(headers.get_all("Accept-Encoding")) for _, _, headers in proxy.seen} == {
+        ("gzip",)
+    }
 
 
 def test_every_request_names_the_project_that_is_billed(gcs_server, gcs_bucket, tree, tmp_path):

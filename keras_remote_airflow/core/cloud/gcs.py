@@ -239,11 +239,15 @@ class GcsStore:
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(MAX_REQUESTS):
-                    group.create_task(worker())
+                workers = [group.create_task(worker()) for _ in range(MAX_REQUESTS)]
         except BaseExceptionGroup as group_error:
             error = group_error.exceptions[0]
             raise error from error.__cause__  # "from None" would remove its cause
+        # A library's CancelledError ends one task, and a task group takes that for its success.
+        if any(one.cancelled() for one in workers):
+            raise StoreError(
+                f"a transfer was cut short by a library: gs://{self.bucket}. Retry.", transient=True
+            )
 
     async def _send(self, file: FileToSend, transit: Transit) -> bool:
         """Store a file; return False if an object that holds the same bytes was there."""
@@ -523,4 +527,7 @@ def _crc32c_of(answer: Answer) -> int | None:
 
 
 def _decode(crc32c: str) -> int:
-    return int.from_bytes(base64.b64decode(crc32c), "big")
+    encoded = base64.b64decode(crc32c, validate=True)
+    if len(encoded) != 4:
+        raise ValueError(f"not a CRC32C: {crc32c!r}")
+    return int.from_bytes(encoded, "big")
