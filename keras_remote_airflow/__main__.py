@@ -20,18 +20,21 @@ from functools import partial
 
 from keras_remote_airflow.core.datasets.materialize import materialize
 from keras_remote_airflow.core.errors import PERMANENT_ERRORS, InvalidInputError, KerasRemoteError
+from keras_remote_airflow.core.layout import cache_key_from_uri
 from keras_remote_airflow.core.refs import REF_VARIABLE, DataRef, parse_data_ref
 
 _GET = f"""\
 Download a dataset, verify it, and print its local path.
 
-  A       the dataset: a data ref as JSON, a gs:// URI (one that ends in / is a
-          directory), or - for standard input; without A, it is the ref in
-          ${REF_VARIABLE}
+  A       the dataset: a data ref as JSON, its gs:// URI in the cache, or - for
+          standard input; without A, it is the ref in ${REF_VARIABLE};
+          other data on Cloud Storage: a gs:// URI with --dir or --file, or one
+          that ends in / (a directory)
   DEST    the directory that becomes the dataset, or that gets the single file
           under its own name; a dataset that is there already is verified and
-          reused; without DEST, it is the ref's mount_path, else a directory
-          named by the content in the system's temporary directory
+          reused, another one is replaced only with --replace; without DEST, it
+          is the ref's mount_path, else a directory named by the content in the
+          system's temporary directory
 
 One argument alone is DEST if it begins with /, ./, ../ or ~, else it is A.
 """
@@ -57,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     try:
-        print(args.run(args, rest))
+        # A path is bytes, which need not be text of this locale.
+        sys.stdout.buffer.write(os.fsencode(args.run(args, rest)) + b"\n")
+        sys.stdout.flush()
     except PERMANENT_ERRORS as exc:
         return _fail(2, exc)
     except (KerasRemoteError, OSError) as exc:
@@ -69,7 +74,8 @@ def _add_get(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser = commands.add_parser(
         "get",
         help="download a dataset, verify it, and print its local path",
-        usage="%(prog)s [-h] [--dir | --file] [--project ID] [--user-project ID] [A] [DEST]",
+        usage="%(prog)s [-h] [--dir | --file] [--replace] [--project ID] [--user-project ID]"
+        " [A] [DEST]",
         description=_GET,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -78,6 +84,12 @@ def _add_get(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--dir", action="store_true", help="the gs:// URI is a directory")
     kind.add_argument("--file", action="store_true", help="the gs:// URI is a single file")
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="replace another dataset at DEST, if this command or materialize put it there and "
+        "nothing has changed since",
+    )
     parser.add_argument("--project", metavar="ID", help="Google Cloud project")
     parser.add_argument(
         "--user-project",
@@ -97,6 +109,7 @@ def _get(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[s
     return materialize(
         _read_ref(a, is_dir=args.dir, is_file=args.file),
         dest,
+        replace=args.replace,
         project=args.project,
         user_project=args.user_project,
     )
@@ -110,9 +123,12 @@ def _split(places: list[str]) -> tuple[str | None, str | None]:
     return a, dest
 
 
-def _read_ref(a: str | None, *, is_dir: bool, is_file: bool) -> DataRef:
+def _read_ref(a: str | None, *, is_dir: bool, is_file: bool) -> DataRef | str:
+    """Return the ref, or the URI of a dataset whose marker has to be asked what it is."""
     text = os.environ.get(REF_VARIABLE, "") if a is None else a
     text = (sys.stdin.read() if text == "-" else text).strip()
+    # UTF-8 in any locale.
+    text = os.fsencode(text).decode(errors="surrogateescape")
     if not text:
         raise InvalidInputError(f"no data ref: pass one, or set {REF_VARIABLE}")
     if not text.startswith("gs://"):
@@ -124,10 +140,14 @@ def _read_ref(a: str | None, *, is_dir: bool, is_file: bool) -> DataRef:
                 "or a gs:// URI."
             )
         return parse_data_ref(text)
-    if not (is_dir or is_file or text.endswith("/")):
-        raise InvalidInputError(
-            f"pass --dir or --file, or end the URI with / for a directory: {text}"
-        )
+    if not (is_dir or is_file):
+        if cache_key_from_uri(text):
+            return text
+        if not text.endswith("/"):
+            raise InvalidInputError(
+                "not the URI of a dataset, which ends in /data-cache/ and 64 hex digits; for other "
+                f"data pass --dir or --file, or end it with / for a directory: {text}"
+            )
     return DataRef(text, is_dir=not is_file)
 
 

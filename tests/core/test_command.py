@@ -204,14 +204,6 @@ def test_wrong_bytes_are_exit_code_1(get, ref, gcs_server, tmp_path):
     assert not (tmp_path / "dest").exists()
 
 
-def test_an_unwritable_dest_is_exit_code_1(get, ref, tmp_path):
-    (tmp_path / "file").touch()
-    done = get(json.dumps(ref), tmp_path / "file" / "dest")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in done.stderr
-
-
 def test_no_credentials_are_exit_code_1(monkeypatch, tmp_path):
     for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG"):
         monkeypatch.delenv(name, raising=False)
@@ -247,10 +239,15 @@ def test_bucket_that_does_not_exist_is_named(get, ref, gcs_bucket, tmp_path):
     assert "bucket no-such-bucket does not exist" in done.stderr
 
 
-def test_destination_that_cannot_be_written_is_named_by_its_own_path(get, ref, tmp_path):
+def test_destination_inside_a_file_is_refused_before_anything_is_asked(
+    get, ref, tmp_path, gcs_server
+):
     (tmp_path / "file").write_bytes(b"")
+    gcs_server.clear_requests()
     dest = tmp_path / "file" / "sub" / "dest"
     done = get(json.dumps(ref), dest)
-    assert done.returncode == 1
-    assert f"cannot write beside {dest}: " in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert str(dest) in done.stderr
     assert ".partial" not in done.stderr
+    assert gcs_server.requests == []

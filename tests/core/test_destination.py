@@ -9,12 +9,10 @@ import pytest
 
 from keras_remote_airflow.core.disk.destination import (
     check_dest,
-    default_dest,
     is_taken,
     locked,
-    mode_for,
     partial_name,
-    rename,
+    put,
 )
 from keras_remote_airflow.core.errors import InvalidInputError
 
@@ -58,11 +56,11 @@ def test_it_goes_when_the_work_fails(partial):
 @pytest.mark.usefixtures("any_lock")
 def test_what_was_renamed_into_place_stays(partial, tmp_path):
     with locked(str(partial)):
-        (partial / "file").touch()
-        rename(str(partial), str(tmp_path / "final"))
-        partial.mkdir()  # already another process's
+        (partial / "data").mkdir()
+        (partial / "data" / "file").touch()
+        assert put(str(partial / "data"), str(tmp_path / "final"))
+    assert os.listdir(tmp_path) == ["final"]
     assert (tmp_path / "final" / "file").exists()
-    assert partial.exists()
 
 
 @pytest.mark.usefixtures("any_lock")
@@ -117,7 +115,7 @@ def test_a_second_one_waits_and_gets_a_directory_of_its_own(
         assert waiting.wait(30)
         assert seen == []
         if is_renamed:
-            rename(str(partial), str(tmp_path / "final"))
+            put(str(partial), str(tmp_path / "final"))
     thread.join(30)
     assert seen == [[]]
     assert not partial.exists()
@@ -175,18 +173,10 @@ def test_a_file_or_a_link_to_an_empty_directory_is_no_destination(tmp_path):
         assert check_dest(str(tmp_path / name)) == str(tmp_path / name)
 
 
-def test_an_empty_directory_keeps_its_mode_and_a_new_one_has_the_usual(tmp_path):
-    (tmp_path / "empty").mkdir()
+def test_an_empty_directory_hands_its_mode_on(tmp_path):
+    for name in ("data", "empty"):
+        (tmp_path / name).mkdir()
     (tmp_path / "empty").chmod(0o750)
-    assert mode_for(str(tmp_path / "empty")) == 0o750
-    mask = os.umask(0o027)
-    try:
-        assert mode_for(str(tmp_path / "nothing")) == 0o750
-        assert os.umask(0o027) == 0o027
-    finally:
-        os.umask(mask)
-
-
-def test_a_cache_dir_is_taken_as_it_is(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_dest("name", "~/cache") == str(tmp_path / "cache" / "name")
+    assert put(str(tmp_path / "data"), str(tmp_path / "empty"))
+    assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o750
+    assert os.listdir(tmp_path) == ["empty"]

@@ -28,15 +28,17 @@ def test_files_are_hashed_and_a_destination_filled_without_what_only_linux_has(t
     root = tree({"a": "1", "sub/b": bytes(300_000)})
     script = """
 import fcntl, os, sys
-from keras_remote_airflow.core.disk.destination import locked, partial_name, rename
+from keras_remote_airflow.core.disk.destination import locked, partial_name, put
 from keras_remote_airflow.core.disk.hashing import take_snapshot
 assert not any(map(hasattr, (os, os, fcntl), ("O_PATH", "sched_getaffinity", "flock")))
 root, index, dest = sys.argv[1:]
 print(take_snapshot(root).content_hash, take_snapshot(root, index).content_hash)
 partial = os.path.join(os.path.dirname(dest), partial_name(dest))
 with locked(partial):
-    open(os.path.join(partial, "file"), "w").close()
-    rename(partial, dest)
+    data = os.path.join(partial, "data")
+    os.mkdir(data)
+    open(os.path.join(data, "file"), "w").close()
+    put(data, dest)
 print(os.listdir(dest))
 """
     path = os.pathsep.join(filter(None, [str(WITHOUT_LINUX), os.environ.get("PYTHONPATH")]))

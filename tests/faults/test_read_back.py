@@ -165,7 +165,7 @@ def test_a_kill_half_way_leaves_nothing_and_is_swept_up(
     server.add_fault(Fault(path=r"/big\?.*alt=media", action="stall", after_bytes=BIG // 2))
     job = Job(do_materialize, server.url, uploaded, str(dest), retry=PATIENT)
     with killed_at_exit(job):
-        wait_until(lambda: (partial / "big").exists() and (partial / VICTIM).exists())
+        wait_until(lambda: all((partial / "data" / name).exists() for name in ("big", VICTIM)))
         assert stat.S_IMODE(partial.stat().st_mode) == 0o700
     assert not dest.exists()
     assert left(tmp_path) == {partial.name}

@@ -91,7 +91,7 @@ def test_sigterm_stops_a_download_and_removes_what_it_left(
         until_stopped, do_materialize, str(stderr), server.url, result.gcs_uri, dest, retry=PATIENT
     )
     with killed_at_exit(job):
-        wait_until(lambda: (tmp_path / partial_name("back") / "big").exists())
+        wait_until(lambda: (tmp_path / partial_name("back") / "data" / "big").exists())
         assert job.process.pid is not None
         os.kill(job.process.pid, signal.SIGTERM)
         seconds, threads = job.result()

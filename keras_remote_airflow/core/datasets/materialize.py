@@ -8,29 +8,38 @@ they are what the ref names. Readers of the destination see either nothing or th
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
 from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
-from keras_remote_airflow.core.cloud.store import ObjectInfo, ObjectToFetch
+from keras_remote_airflow.core.cloud.store import ObjectInfo, ObjectStore, ObjectToFetch
 from keras_remote_airflow.core.datasets.remote import RemoteData
+from keras_remote_airflow.core.disk.cache import hold, make_room, open_cache
 from keras_remote_airflow.core.disk.destination import (
     check_dest,
-    default_dest,
+    check_replaceable,
+    exchange,
+    is_around_cwd,
     is_taken,
     locked,
-    mode_for,
-    mount_point,
     partial_name,
-    put_file,
-    rename,
+    put,
+    read_record,
+    unhashed,
+    write_record,
 )
-from keras_remote_airflow.core.disk.snapshot import Snapshot
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError
-from keras_remote_airflow.core.layout import check_relative_paths
+from keras_remote_airflow.core.layout import (
+    KERAS_REMOTE,
+    KINETIC,
+    cache_key_from_uri,
+    check_relative_paths,
+    parse_marker,
+)
 from keras_remote_airflow.core.progress import (
     Progress,
     ProgressCallback,
@@ -46,9 +55,11 @@ BATCH_OBJECTS = 10_000
 
 def materialize(
     ref: object,
-    dest: str | None = None,
+    dest: str | os.PathLike[str] | None = None,
     *,
-    cache_dir: str | None = None,
+    replace: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_max_bytes: int | None = None,
     client: Any = None,
     project: str | None = None,
     retry: RetryPolicy | None = None,
@@ -65,150 +76,299 @@ def materialize(
     The other parameters are those of `upload_data`.
 
     Args:
-        ref: the data ref: the dict, its JSON, its Python repr, or a `core.refs.DataRef`.
+        ref: the data ref: the dict, its JSON, its Python repr, or a `core.refs.DataRef`; or the
+            `gs://` URI of a dataset in a cache, whose marker is then asked whether it is a
+            directory.
         dest: the directory to hold the data: it becomes the dataset, or gets the single file under
-            its own name. None takes the ref's `mount_path`, else a directory in `cache_dir` named
-            by the content. Data that is there already is verified and reused.
-        cache_dir: None takes `keras-remote-data-{uid}` in the system's temporary directory.
+            its own name. None takes the ref's `mount_path` if neither `cache_dir` nor
+            `cache_max_bytes` is given, else a directory in `cache_dir` named by the content. Data
+            that is there already is verified and reused, without a write.
+        replace: whether another dataset may be replaced. Only what `materialize` itself put there,
+            and nothing has changed since, is; anything else is refused. Linux and macOS exchange
+            the directories in one step. On other systems, and where a file system cannot, a reader
+            finds nothing at `dest` for a moment.
+        cache_dir: the directory for copies without a `dest`. None takes
+            `keras-remote-data-{uid}` in the system's temporary directory. A copy there that was
+            changed is downloaded anew.
+        cache_max_bytes: remove the least recently used copies until those in the cache, the new one
+            included, have at most so many bytes. A copy is never removed while a process is alive
+            that got its path from this function (`core.disk.cache` tells how that is known), so
+            the limit may be exceeded; a warning says so then. None removes nothing.
 
     Returns:
         The absolute path of the directory, or of the file.
 
     Raises:
         InvalidInputError: a malformed ref, an object name that leads out of the destination, a
-            destination that holds something else.
+            destination that cannot be used or holds something else.
         IntegrityError: what is stored is not what the ref names; the destination is untouched.
         StoreError: Cloud Storage refused, or kept failing until the deadline (120 s).
         OSError: the destination cannot be written, or the disk is full.
     """
-    ref = parse_data_ref(ref)
-    key = ref.cache_key
-    target = os.path.expanduser(dest) if dest else ref.mount_path
-    if key and not target:
-        target = default_dest(key.content_hash, cache_dir)
-    if target:
-        target = check_dest(target)
-    held = None
-    if key and ref.is_dir and target and is_taken(target):
-        held = _snapshot_of_dest(target, progress)
-        if held.content_hash == key.content_hash:  # needs no network
-            return _reuse(ref, target, None)
-    with open_bucket(ref.bucket, client, project, retry, user_project) as store:
-        source = RemoteData(store, ref)
-        if held is not None and target:
-            return _reuse(ref, target, source.problem(held))
-        target = target or check_dest(default_dest(source.fingerprint(), cache_dir))
-        if ref.is_dir:
-            return _fetch(source, os.path.dirname(target), target, progress)
-        return _fetch(source, target, os.path.join(target, source.single_name()), progress)
-
-
-def _reuse(ref: DataRef, final: str, problem: str | None) -> str:
-    """Return `final`, where something is already, unless there is a problem with that."""
-    if problem:
+    is_uri = isinstance(ref, str) and ref.startswith("gs://")
+    ref = DataRef(str(ref), is_dir=True) if is_uri else parse_data_ref(ref)
+    if is_uri and ref.cache_key is None:
         raise InvalidInputError(
-            f"destination holds something else ({problem}): {final}. Nothing was overwritten: "
-            f"choose another dest, or remove it. Expected: {ref.gcs_uri}"
+            "not the URI of a dataset, which ends in /data-cache/ and 64 hex digits: "
+            f"{ref.gcs_uri}. For other data make a ref with make_data_ref(uri, is_dir)."
         )
-    _log.info("Reusing what is there: %s holds %s", final, ref.gcs_uri)
-    return final
-
-
-def _compare(source: RemoteData, final: str, progress: ProgressCallback | None) -> str:
-    """Return `final` if what is there is the data; raise InvalidInputError if it is not."""
-    return _reuse(source.ref, final, source.problem(_snapshot_of_dest(final, progress)))
-
-
-def _snapshot_of_dest(final: str, progress: ProgressCallback | None) -> Snapshot:
-    """Read what is at the destination; raise InvalidInputError if that cannot be a dataset."""
-    from keras_remote_airflow.core.disk.hashing import take_snapshot
-
-    try:
-        return take_snapshot(final, progress=progress)
-    except InvalidInputError as exc:
-        # The last sentence tells how to mend data that is to be uploaded.
-        reason = str(exc).rpartition(". ")[0] or str(exc)
+    has_cache = cache_dir is not None or cache_max_bytes is not None
+    if has_cache and dest is not None:
         raise InvalidInputError(
-            f"destination is taken, and cannot be compared with the dataset ({reason}): {final}. "
-            "Choose another dest, or empty this one."
-        ) from exc
-
-
-@contextmanager
-def _partial_directory(folder: str, final: str) -> Iterator[str]:
-    """Own a temporary directory in `folder`, see `core.disk.destination.locked`."""
-    partial = os.path.join(folder, partial_name(final))
+            f"both dest and a cache are given: {dest}. Leave out cache_dir and cache_max_bytes, or "
+            "leave out dest."
+        )
+    if cache_max_bytes is not None and (type(cache_max_bytes) is not int or cache_max_bytes < 0):
+        raise InvalidInputError(
+            f"cache_max_bytes is {cache_max_bytes!r}; expected a number of bytes, 0 or more"
+        )
+    cache = target = None
+    if dest is not None or (ref.mount_path and not has_cache):
+        target = check_dest(ref.mount_path if dest is None else dest)
+    else:
+        cache = open_cache(cache_dir)
+        if ref.cache_key:
+            target = check_dest(os.path.join(cache, ref.cache_key.content_hash))
     with ExitStack() as stack:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            stack.enter_context(locked(partial))
-        except BlockingIOError:  # it says what to do
-            raise
-        except OSError as exc:  # it names a path that the caller never gave
-            raise OSError(
-                exc.errno,
-                f"cannot write beside {final}: {exc.strerror}. Choose a dest whose parent "
-                "directory is writable",
-            ) from exc
-        yield partial
+        bucket = open_bucket(ref.bucket, client, project, retry, user_project)
+        job = _Job(
+            ref,
+            lambda: stack.enter_context(bucket),
+            replace=replace,
+            cache=cache,
+            cache_max_bytes=cache_max_bytes,
+            progress=progress,
+        )
+        if is_uri:
+            job.ask_marker()
+        path = job.run(target)
+    if cache is not None and cache_max_bytes is not None:
+        make_room(cache, cache_max_bytes)
+    return path
 
 
-def _fetch(source: RemoteData, folder: str, final: str, progress: ProgressCallback | None) -> str:
-    """Fill `final` through a temporary directory in `folder`, which is on the same file system."""
-    from keras_remote_airflow.core.disk.hashing import take_snapshot
+class _Job:
+    """One call of `materialize`.
 
-    with _partial_directory(folder, final) as partial:
-        if is_taken(final):
-            return _compare(source, final, progress)
-        _check_replaceable(final, source.ref)
-        received = download(source, partial, progress)
-        if not received.files and not source.may_be_empty:
-            raise IntegrityError(
-                f"found no objects at {source.ref.gcs_uri}. Check the URI; if a lifecycle rule "
-                "deleted them, have the data uploaded again."
-            )
-        whole = partial if source.ref.is_dir else os.path.join(partial, os.path.basename(final))
-        expected = received.files, received.bytes
-        problem = source.problem(take_snapshot(whole, expected=expected, progress=progress))
-        if problem:
-            raise IntegrityError(
-                f"the data is not what its ref names: {problem}. Nothing was left at {final}. "
-                f"Remove what is under {source.ref.gcs_uri}, marker included, and have the data "
-                "uploaded again."
-            )
-        if source.ref.is_dir:
-            os.chmod(partial, mode_for(final))
-            rename(whole, final)
-        elif not put_file(whole, final):  # something else has put a file there meanwhile
-            return _compare(source, final, progress)
-    _log.info(
-        "Materialized %s (%s) in %.1f s at %s: %s",
-        format_files(received.files),
-        format_bytes(received.bytes),
-        received.seconds,
-        final,
-        source.ref.gcs_uri,
-    )
-    return final
-
-
-def _check_replaceable(final: str, ref: DataRef) -> None:
-    """Raise InvalidInputError unless a rename can put the data at `final`.
-
-    What is there is an empty directory, or nothing.
+    Args:
+        ref: what to get.
+        open_store: called when the first request is made.
+        replace, cache_max_bytes, progress: as for `materialize`.
+        cache: the directory of this package's own copies that the data goes into, or None.
     """
-    if os.path.ismount(final):
-        raise mount_point(final)
-    if os.path.isdir(final) and not ref.is_dir:
-        raise InvalidInputError(
-            f"destination is a directory, but the data is a single file: {final}, {ref.gcs_uri}. "
-            "Remove the directory, or choose another dest."
+
+    def __init__(
+        self,
+        ref: DataRef,
+        open_store: Callable[[], ObjectStore],
+        *,
+        replace: bool,
+        cache: str | None,
+        cache_max_bytes: int | None,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self._ref = ref
+        self._open_store = open_store
+        self._replace = replace
+        self._cache = cache
+        self._cache_max_bytes = cache_max_bytes
+        self._progress = progress
+
+    @cached_property
+    def _store(self) -> ObjectStore:
+        return self._open_store()
+
+    @property
+    def _source(self) -> RemoteData:
+        return RemoteData(self._store, self._ref)
+
+    def ask_marker(self) -> None:
+        """Learn from the dataset's marker what kind of dataset it is."""
+        self._ref = find_ref(self._store, self._ref.gcs_uri)
+
+    def run(self, target: str | None) -> str:
+        """Put the data at `target`, or (None) into the cache; return its path."""
+        ref = self._ref
+        if target is None:  # data without a content hash, which only a cache gives a name
+            target = check_dest(os.path.join(self._cache or "", self._source.fingerprint()))
+        if self._cache is not None:
+            hold(target)
+        if ref.is_dir:
+            final = target
+            key = ref.cache_key
+            if is_around_cwd(final) and (key is None or read_record(final) != key.content_hash):
+                check_replaceable(final)
+        else:
+            final = os.path.join(target, os.fsdecode(self._source.single_name().encode()))
+            if os.path.isdir(final):
+                raise InvalidInputError(
+                    f"destination is a directory, but the data is a single file: {final}, "
+                    f"{ref.gcs_uri}. Remove the directory, or choose another dest."
+                )
+        if not self._is_whole(final) and self._fetch(final):
+            return final
+        _log.info("Reusing what is there: %s holds %s", final, ref.gcs_uri)
+        return final
+
+    def _is_whole(self, final: str) -> bool:
+        """Return whether the data is at `final`, or False if that is free or may be replaced.
+
+        Raises InvalidInputError if something else is there, which has to stay.
+        """
+        if not is_taken(final):
+            return False
+        problem, content_hash = self._compare(final)
+        if problem is None:
+            return True
+        if self._cache is not None:
+            _log.warning("Downloading a copy again that was changed (%s): %s", problem, final)
+            return False
+        if not self._replace:
+            raise InvalidInputError(
+                f"destination holds something else ({problem}): {final}. Nothing was overwritten: "
+                "choose another dest, or remove it; replace=True replaces what materialize put "
+                f"there. Expected: {self._ref.gcs_uri}"
+            )
+        record = read_record(final)
+        if record != content_hash or next(unhashed(final), None):
+            reason = "it was changed since" if record else "no record says so"
+            raise InvalidInputError(
+                f"destination is not what materialize put there ({reason}), so it is not replaced: "
+                f"{final}. Choose another dest, or remove it."
+            )
+        return False
+
+    def _compare(self, final: str) -> tuple[str | None, str]:
+        """Return how what is at `final` differs from the data (None: not at all), and its hash."""
+        from keras_remote_airflow.core.disk.hashing import take_snapshot
+
+        try:
+            snapshot = take_snapshot(final, progress=self._progress)
+        except InvalidInputError as exc:
+            # The last sentence tells how to mend data that is to be uploaded.
+            reason = str(exc).rpartition(". ")[0] or str(exc)
+            if self._cache is not None:
+                return reason, ""
+            raise InvalidInputError(
+                f"destination is taken, and cannot be compared with the dataset ({reason}): "
+                f"{final}. Choose another dest, or empty this one."
+            ) from exc
+        key = self._ref.cache_key
+        problem = None
+        if key is None or key.content_hash != snapshot.content_hash:  # else it needs no network
+            problem = self._source.problem(snapshot)
+        return problem or next(unhashed(final), None), snapshot.content_hash
+
+    def _fetch(self, final: str) -> bool:
+        """Download the data to `final`; return False if another process has done it meanwhile."""
+        from keras_remote_airflow.core.disk.hashing import take_snapshot
+
+        source, seen = self._source, _identity(final)
+        with self._partial_directory(final) as partial:
+            if _identity(final) != seen and self._is_whole(final):
+                return False
+            self._make_room()
+            folder = os.path.join(partial, "data")
+            os.mkdir(folder)
+            received = download(source, folder, self._progress)
+            if not received.files and not source.may_be_empty:
+                raise IntegrityError(
+                    f"found no objects at {self._ref.gcs_uri}. Check the URI; if a lifecycle rule "
+                    "deleted them, have the data uploaded again."
+                )
+            whole = folder if self._ref.is_dir else os.path.join(folder, os.path.basename(final))
+            expected = received.files, received.bytes
+            snapshot = take_snapshot(whole, expected=expected, progress=self._progress)
+            problem = source.problem(snapshot)
+            if problem:
+                raise IntegrityError(
+                    f"the data is not what its ref names: {problem}. Nothing was left at {final}. "
+                    f"Remove what is under {self._ref.gcs_uri}, marker included, and have the data "
+                    "uploaded again."
+                )
+            write_record(whole, snapshot.content_hash)
+            if not put(whole, final):
+                if self._cache is None and self._is_whole(final):
+                    return False
+                exchange(whole, final)
+        _log.info(
+            "Materialized %s (%s) in %.1f s at %s: %s",
+            format_files(received.files),
+            format_bytes(received.bytes),
+            received.seconds,
+            final,
+            self._ref.gcs_uri,
         )
-    if os.path.isdir(final) and os.path.samefile(final, os.curdir):
-        raise InvalidInputError(
-            "destination is the current directory, which cannot be replaced as a whole: "
-            f"{final}. Choose a directory inside it."
-        )
+        return True
+
+    @contextmanager
+    def _partial_directory(self, final: str) -> Iterator[str]:
+        """Own a directory beside the destination to download into."""
+        if self._ref.is_dir and os.path.lexists(final):
+            check_replaceable(final)
+        folder = os.path.dirname(final)
+        with ExitStack() as stack:
+            try:
+                os.makedirs(folder, exist_ok=True)
+                partial = stack.enter_context(locked(os.path.join(folder, partial_name(final))))
+            except BlockingIOError:  # it says what to do
+                raise
+            except OSError as exc:  # it names a path that the caller never gave
+                refusing = os.path.dirname(exc.filename) if exc.filename else folder
+                message = f"cannot write beside the destination ({exc.strerror}: {refusing})"
+                remedy = "Choose a dest whose parent directory is writable"
+                if self._ref.is_dir and os.path.isdir(final):
+                    remedy += f", such as {os.path.join(final, 'data')}"
+                if isinstance(exc, PermissionError):
+                    raise InvalidInputError(f"{message}: {final}. {remedy}.") from exc
+                raise OSError(exc.errno, f"{message}: {final}. {remedy}") from exc
+            yield partial
+
+    def _make_room(self) -> None:
+        if self._cache is not None and self._cache_max_bytes is not None:
+            receipt = self._source.receipt()
+            needed = receipt.total_bytes if receipt else 0
+            make_room(self._cache, self._cache_max_bytes, needed)
+
+
+def find_ref(store: ObjectStore, gcs_uri: str) -> DataRef:
+    """Return the ref of the dataset at a URI, as its marker tells it.
+
+    Raises:
+        IntegrityError: there is no marker.
+        InvalidInputError: neither the marker nor the names of the objects tell whether the dataset
+            is a directory.
+    """
+    for layout in (KERAS_REMOTE, KINETIC):
+        key = cache_key_from_uri(gcs_uri, layout)
+        body = store.read(key.marker_name) if key else None
+        if key is None or body is None:
+            continue
+        receipt = parse_marker(body, key)
+        if receipt is not None:
+            return DataRef(gcs_uri, receipt.is_dir, None, layout)
+        # Another client's marker says nothing. A single file is one object, and not in a folder.
+        directory = RemoteData(store, DataRef(gcs_uri, True, None, layout))
+        names = [path for path, _ in islice(directory.objects(), 2)]
+        if len(names) == 1 and b"/" not in names[0]:
+            raise InvalidInputError(
+                f"the marker does not say whether this is a directory or a file: {gcs_uri}. Pass "
+                "a ref, made with make_data_ref(uri, is_dir)."
+            )
+        return directory.ref
+    raise IntegrityError(
+        f"found no dataset at {gcs_uri}: it has no marker. Check the URI; if a lifecycle rule "
+        "deleted the dataset, have the data uploaded again."
+    )
+
+
+def _identity(path: str) -> tuple[int, int, int] | None:
+    """Return what changes when something else is put at `path`, or into it."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def download(
@@ -228,7 +388,7 @@ def download(
     def files(batch: Iterable[tuple[bytes, ObjectInfo]]) -> Iterator[ObjectToFetch]:
         for relative, info in batch:
             check_relative_paths([relative], "")
-            path = os.path.join(folder, relative.decode())
+            path = os.path.join(folder, os.fsdecode(relative))
             parent = os.path.dirname(path)
             if parent not in made:
                 os.makedirs(parent, exist_ok=True)

@@ -1,11 +1,17 @@
-"""A directory that appears whole: filled under another name, then renamed into place.
+"""A path that appears whole: filled under another name, then renamed into place.
 
-The other name, `.keras-remote-….partial`, is derived from the destination's, so processes with the
-same destination use the same directory. The process that fills it holds a lock on it (flock). A
-second one waits. The next run deletes the remains of a killed one.
+What is not yet whole lies in a directory of this user alone, beside the destination:
 
-Where the system has no flock, the directory itself is the lock. A second process then fails with
-an error that names it, and what a killed process left behind has to be removed by hand.
+    .keras-remote-{16 hex digits}-{uid}.partial/
+        data     what is being downloaded, or what was replaced by it
+        old      what is being replaced, where two names cannot be exchanged in one step
+
+Its name follows from the destination's, so processes with the same destination use the same one.
+The process that fills it holds a lock on it (flock). A second one waits. The next run deletes the
+remains of a killed one. Where the file system has no flock, the directory itself is the lock: a
+second process fails with an error that names it, and what a killed process left behind has to be
+removed by hand. What another user has put under that name is neither used nor touched: this process
+then uses a name that no other process knows.
 """
 
 import errno
@@ -15,7 +21,6 @@ import logging
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -23,42 +28,122 @@ from keras_remote_airflow.core.errors import InvalidInputError
 
 _log = logging.getLogger(__name__)
 
-
-def check_dest(dest: str) -> str:
-    """Return the absolute path of a destination that can be put in place; raise otherwise."""
-    dest = os.path.abspath(dest)
-    if os.path.lexists(dest) and not os.path.isdir(dest):
-        raise InvalidInputError(
-            f"destination is not a directory: {dest}. Choose one, or a path that is not there."
-        )
-    if os.path.islink(dest) and not os.listdir(dest):
-        raise InvalidInputError(
-            f"destination is a link, which cannot be replaced as a whole: {dest}. Choose a "
-            f"directory inside it, or {os.path.realpath(dest)} itself."
-        )
-    return dest
+_PREFIX, _SUFFIX = ".keras-remote-", ".partial"
+# The content hash of what `materialize` put in place, on the directory or file itself.
+_RECORD = "user.keras_remote.content_hash"
+# What flock answers on file systems that have no locks (Lustre, some mounts of CIFS, NFS and FUSE).
+_NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
+# What a rename of two names against each other answers where the system or file system has none.
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-def default_dest(name: str, cache_dir: str | None) -> str:
-    """Return a directory called `name` in `cache_dir`, or in one that is this user's alone."""
-    if cache_dir:
-        return os.path.join(os.path.expanduser(cache_dir), name)
-    base = os.path.join(tempfile.gettempdir(), f"keras-remote-data-{os.getuid()}")
-    with suppress(FileExistsError):
-        os.mkdir(base, 0o700)
-    found = os.lstat(base)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+def check_dest(dest: object) -> str:
+    """Return the absolute path of a destination; raise what `absolute_directory` raises."""
+    path = absolute_directory(dest, "destination")
+    if os.path.islink(path) and not is_taken(f"{path}/"):
+        raise _is_link(path)
+    return path
+
+
+def absolute_directory(directory: object, what: str) -> str:
+    """Return the absolute path of a directory that is there or could be made.
+
+    Raises:
+        InvalidInputError: it is no path, cannot be a directory, or is in a directory that this user
+            may not enter; the message calls it `what`.
+        OSError: the file system does not answer.
+    """
+    text = os.fspath(directory) if isinstance(directory, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
         raise InvalidInputError(
-            f"{base} is not a directory that only this user can open: remove it, or name a dest"
+            f"{what} is no path: {directory!r}. Pass the path of a directory; is a template or a "
+            "variable empty?"
         )
-    return os.path.join(base, name)
+    # The text of a ref is Unicode whatever the locale.
+    text = os.fsdecode(text.encode("utf-8", "surrogateescape"))
+    path = os.path.abspath(os.path.expanduser(text))
+    try:
+        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        is_directory = not os.path.islink(path)
+    except NotADirectoryError as exc:
+        raise InvalidInputError(
+            f"{what} is inside a file: {path}. Choose a path whose parents are directories."
+        ) from exc
+    except OSError as exc:
+        raise denied(path, exc) from exc
+    if not is_directory:
+        raise InvalidInputError(
+            f"{what} is not a directory: {path}. Choose one, or a path that is not there."
+        )
+    return path
 
 
 def is_taken(path: str) -> bool:
-    """Return whether something other than an empty directory is at `path`."""
-    if not os.path.lexists(path):
+    """Return whether something is at `path`, other than an empty directory."""
+    try:
+        return not stat.S_ISDIR(os.lstat(path).st_mode) or bool(os.listdir(path))
+    except FileNotFoundError:
         return False
-    return os.path.islink(path) or not os.path.isdir(path) or bool(os.listdir(path))
+    except OSError as exc:
+        raise denied(path, exc) from exc
+
+
+def is_around_cwd(path: str) -> bool:
+    """Return whether `path` is the current directory, or one that contains it, as the root does."""
+    try:
+        folder, found = os.getcwd(), os.stat(path)
+        while not os.path.samestat(os.stat(folder), found):
+            if folder == os.path.dirname(folder):
+                return False
+            folder = os.path.dirname(folder)
+    except (FileNotFoundError, PermissionError):
+        return False
+    return True
+
+
+def check_replaceable(path: str) -> None:
+    """Raise InvalidInputError for a destination that cannot be replaced as a whole."""
+    if os.path.islink(path):
+        raise _is_link(path)
+    if is_around_cwd(path):
+        raise InvalidInputError(
+            "destination is the current directory, or contains it, and cannot be replaced as a "
+            f"whole: {path}. Choose a directory inside it."
+        )
+    if is_mount_point(path):
+        raise InvalidInputError(
+            f"destination is a mount point, which cannot be replaced as a whole: {path}. Choose a "
+            "directory inside it."
+        )
+
+
+def is_mount_point(path: str) -> bool:
+    """Return whether a file system, or a directory of one, is mounted at `path`."""
+    if os.path.ismount(path):
+        return True
+    try:  # `ismount` misses a directory that is mounted elsewhere in its own file system
+        with open("/proc/self/mountinfo", "rb") as mounts:
+            places = [line.split()[4] for line in mounts]
+    except OSError:
+        return False
+    escaped = os.fsencode(os.path.realpath(path))
+    for character in b"\\ \t\n":
+        escaped = escaped.replace(bytes([character]), b"\\%03o" % character)
+    return escaped in places
+
+
+def denied(path: str, error: OSError) -> Exception:
+    """Return the error to raise for a destination that cannot be looked into."""
+    if not isinstance(error, PermissionError):
+        return OSError(error.errno, error.strerror, path)
+    folders = [path]
+    while folders[-1] != os.path.dirname(folders[-1]):
+        folders.append(os.path.dirname(folders[-1]))
+    refusing = next((f for f in reversed(folders) if not os.access(f, os.X_OK)), path)
+    return InvalidInputError(
+        f"permission denied by {refusing}: {path}. Choose another dest, or give this user access."
+    )
 
 
 def partial_name(final: str) -> str:
@@ -67,126 +152,243 @@ def partial_name(final: str) -> str:
     No other file is likely to have it, and it is short however long the destination's own name is.
     """
     name = os.path.basename(final).encode(errors="surrogateescape")
-    return f".keras-remote-{hashlib.sha256(name).hexdigest()[:16]}.partial"
+    return f"{_PREFIX}{hashlib.sha256(name).hexdigest()[:16]}-{os.geteuid()}{_SUFFIX}"
 
 
 @contextmanager
-def locked(directory: str) -> Iterator[None]:
-    """Own an empty directory of mode 0700; remove it at the end unless it was renamed away.
+def locked(directory: str, wait: bool = True) -> Iterator[str]:
+    """Own an empty directory of mode 0700, and yield its path; remove it at the end.
+
+    The path is `directory`, or one beside it if another user has put something there.
 
     Raises:
-        InvalidInputError: a link or a file is in its place.
-        BlockingIOError: without flock, the directory exists.
+        InvalidInputError: a link or a file of this user is in its place.
+        BlockingIOError: the directory exists, and there is no flock; or another process holds the
+            lock, and `wait` is False.
     """
-    descriptor = _lock(directory)
+    descriptor, directory = _lock(directory, wait)
     try:
         for name in os.listdir(directory):
             _remove(os.path.join(directory, name))
         try:
-            yield
+            yield directory
         finally:
-            if _is_at(descriptor, directory):
+            if is_at(descriptor, directory):
                 shutil.rmtree(directory)
     finally:
         os.close(descriptor)
 
 
-def mode_for(final: str) -> int:
-    """Return the mode of the empty directory that is to be replaced, or that of a new one."""
-    try:
-        return stat.S_IMODE(os.stat(final).st_mode)
-    except FileNotFoundError:
-        mask = os.umask(0o077)
-        os.umask(mask)
-        return 0o777 & ~mask
+def sweep(folder: str) -> None:
+    """Remove the directories of this kind that killed processes of this user left in `folder`."""
+    for name in os.listdir(folder):
+        if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+            with suppress(OSError), locked(os.path.join(folder, name), wait=False):
+                pass
 
 
-def rename(source: str, final: str) -> None:
-    """Put `source` in place of `final`; raise InvalidInputError if that is a mount point."""
+def put(source: str, final: str) -> bool:
+    """Rename `source` to `final` unless that is taken; return whether it was free."""
     try:
-        os.rename(source, final)
+        if os.path.isdir(source):
+            with suppress(FileNotFoundError):  # an empty directory hands its mode on
+                os.chmod(source, stat.S_IMODE(os.lstat(final).st_mode))
+            os.rename(source, final)
+        else:
+            _put_file(source, final)
     except OSError as exc:
-        if exc.errno in (errno.EBUSY, errno.EXDEV):
-            raise mount_point(final) from exc
+        if exc.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            return False
         raise
-
-
-def put_file(source: str, final: str) -> bool:
-    """Give a file the name `final`, unless that is taken; return whether it was free."""
-    try:
-        os.link(source, final)
-    except FileExistsError:
-        return False
-    except OSError:  # there are file systems without hard links
-        rename(source, final)
     return True
 
 
-def mount_point(path: str) -> InvalidInputError:
-    """Return the error to raise for a destination that is a mount point."""
-    return InvalidInputError(
-        f"destination is a mount point, which cannot be replaced as a whole: {path}. Choose a "
-        "directory inside it."
-    )
+def exchange(source: str, final: str) -> None:
+    """Put `source` in the place of `final`, and what was there into the directory of `source`.
 
-
-def _lock(directory: str) -> int:
-    """Create the directory unless it exists; return a descriptor of it that holds the lock."""
-    has_flock = hasattr(fcntl, "flock")
-    while True:
-        try:
-            os.mkdir(directory, 0o700)
-        except FileExistsError:
-            if not has_flock:
-                raise _in_the_way(directory) from None
-        try:
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(directory, flags)
-        except FileNotFoundError:
-            continue  # another process has just renamed or removed it
-        except OSError as exc:
-            if exc.errno in (errno.ENOTDIR, errno.ELOOP):
-                raise _in_the_way(directory) from exc
-            raise
-        try:
-            if has_flock:
-                _wait_for_flock(descriptor, directory)
-            if _is_at(descriptor, directory):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # the process that held the lock renamed or removed it
-
-
-def _in_the_way(directory: str) -> Exception:
-    if os.path.isdir(directory) and not os.path.islink(directory):
-        return BlockingIOError(
-            errno.EWOULDBLOCK,
-            "another process is filling this directory, or was killed while it did. Wait for it, "
-            "or remove the directory",
-            directory,
-        )
-    return InvalidInputError(
-        f"{directory}, where the download goes first, is a link or a file: remove it"
-    )
-
-
-def _wait_for_flock(descriptor: int, directory: str) -> None:
+    Linux and macOS exchange the two names in one step. On other systems, and on file systems that
+    cannot do that, a reader finds nothing at `final` between two renames.
+    """
+    if not os.path.isdir(source):
+        os.replace(source, final)
+        return
+    os.chmod(source, stat.S_IMODE(os.stat(final).st_mode))
+    if _exchange_in_one_step(source, final):
+        return
+    old = os.path.join(os.path.dirname(source), "old")
+    os.rename(final, old)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _log.info(
-            "Waiting for another process that is filling the destination through %s", directory
-        )
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.rename(source, final)
+    except BaseException:
+        os.rename(old, final)
+        raise
 
 
-def _is_at(descriptor: int, path: str) -> bool:
+def is_at(descriptor: int, path: str) -> bool:
+    """Return whether the open file or directory is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+def write_record(path: str, content_hash: str) -> None:
+    """Note on `path` that it is a copy of this content, where the file system can."""
+    with suppress(OSError, AttributeError):  # macOS has no os.setxattr
+        os.setxattr(path, _RECORD, content_hash.encode())
+
+
+def read_record(path: str) -> str | None:
+    """Return the content hash that `write_record` noted on `path`, or None."""
+    try:
+        return os.getxattr(path, _RECORD).decode(errors="replace")
+    except (OSError, AttributeError):
+        return None
+
+
+def unhashed(root: str) -> Iterator[str]:
+    """Name what is in a directory and not in its content hash: linked and empty directories."""
+    folders = [""] if os.path.isdir(root) else []
+    while folders:
+        folder = folders.pop()
+        with os.scandir(os.path.join(root, folder)) as entries:
+            found = list(entries)
+        if not found and folder:
+            yield f"{folder} is an empty directory"
+        for entry in found:
+            name = os.path.join(folder, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(name)
+            elif entry.is_symlink() and entry.is_dir():
+                yield f"{name} is a linked directory"
+
+
+def _is_link(path: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"destination is a link, which cannot be replaced as a whole: {path}. Choose a directory "
+        f"inside it, or {os.path.realpath(path)} itself."
+    )
+
+
+def _put_file(source: str, final: str) -> None:
+    try:
+        os.link(source, final)
+    except FileExistsError:
+        raise
+    except OSError:  # there are file systems without hard links
+        os.rename(source, final)
+
+
+def _exchange_in_one_step(one: str, other: str) -> bool:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    paths = os.fsencode(one), os.fsencode(other)
+    if hasattr(libc, "renameat2"):  # Linux: RENAME_EXCHANGE is 2, AT_FDCWD is -100
+        failed = libc.renameat2(-100, paths[0], -100, paths[1], ctypes.c_uint(2))
+    elif hasattr(libc, "renamex_np"):  # macOS: RENAME_SWAP is 2
+        failed = libc.renamex_np(*paths, ctypes.c_uint(2))
+    else:
+        return False
+    if not failed:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), one, None, other)
+
+
+def _lock(directory: str, wait: bool) -> tuple[int, str]:
+    """Create the directory unless it exists; return a descriptor that holds the lock, and its path.
+
+    The path is another one if what is at `directory` is not this user's.
+    """
+    path = directory
+    while True:
+        is_new = True
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            is_new = False
+        try:
+            descriptor = _open_directory(path)
+        except FileNotFoundError:
+            continue  # another process has just removed it
+        try:
+            # One that was made just now is trusted whatever its owner and mode: there are file
+            # systems that know neither.
+            if descriptor is None or not (is_new or _is_private(descriptor)):
+                if not wait:
+                    raise PermissionError(errno.EACCES, "not a directory of this user", path)
+                _log.warning("Stepping round what another user has put there: %s", path)
+                path = f"{directory.removesuffix(_SUFFIX)}-{os.urandom(8).hex()}{_SUFFIX}"
+                continue
+            if not _flock(descriptor, path, wait) and not is_new:
+                raise BlockingIOError(
+                    errno.EWOULDBLOCK,
+                    "another process is filling this directory, or was killed while it did. Wait "
+                    "for it, or remove the directory",
+                    path,
+                )
+            if is_at(descriptor, path):
+                held, descriptor = descriptor, None
+                return held, path
+            # The process that held the lock has removed it.
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def _open_directory(path: str) -> int | None:
+    """Return a descriptor of the directory, or None for what another user has put there."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as exc:
+        if os.lstat(path).st_uid != os.geteuid():
+            return None
+        if exc.errno in (errno.ENOTDIR, errno.ELOOP):
+            raise InvalidInputError(
+                f"{path}, where the download goes first, is a link or a file: remove it"
+            ) from exc
+        raise
+
+
+def _is_private(descriptor: int) -> bool:
+    """Return whether the directory is this user's alone, once it was closed to others."""
+    if os.fstat(descriptor).st_uid != os.geteuid():
+        return False
+    with suppress(OSError):  # some file systems don't do that
+        os.fchmod(descriptor, 0o700)
+    return not os.fstat(descriptor).st_mode & 0o077
+
+
+def _other_name(directory: str) -> str:
+    """Return a name beside this directory that no other process knows."""
+    _log.warning("Stepping round what is not a directory of this user alone: %s", directory)
+    return f"{directory.removesuffix(_SUFFIX)}-{os.urandom(8).hex()}{_SUFFIX}"
+
+
+def _flock(descriptor: int, directory: str, wait: bool) -> bool:
+    """Take the lock; return False where there is none to take."""
+    if not hasattr(fcntl, "flock"):
+        return False
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            _log.info(
+                "Waiting for another process that is filling the destination through %s", directory
+            )
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as exc:
+        if exc.errno not in _NO_FLOCK:
+            raise
+        return False
+    return True
 
 
 def _remove(path: str) -> None:

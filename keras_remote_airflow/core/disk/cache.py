@@ -1,0 +1,167 @@
+"""A directory of copies of datasets, each under the hash of its content.
+
+    {cache}/{64 hex digits}                     a directory: the data, or what holds the single file
+    {cache}/.keras-remote-{64 hex digits}.use   empty; locked (flock) by each process that uses the
+                                                copy, modified when a process last began to
+
+A process uses a copy from the moment `hold` returns until it ends: it keeps the second file open,
+with a shared lock on it, which the system releases when the process has died, in whatever way.
+Processes that it forked share the lock, and programs that it starts do not. A copy is removed only
+under an exclusive lock, which nothing can have while any process on this machine uses the copy.
+(Machines that share the directory share the locks only if its file system does so: NFS does.)
+
+Where locks or this file cannot be had, as in a directory that this user may not write, copies are
+used without one: whoever may write there can remove them.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+
+from keras_remote_airflow.core.disk.destination import (
+    absolute_directory,
+    is_at,
+    locked,
+    partial_name,
+    sweep,
+)
+from keras_remote_airflow.core.errors import InvalidInputError
+from keras_remote_airflow.core.progress import format_bytes
+
+_log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[0-9a-f]{64}")
+# The descriptor that holds the lock on each copy that this process uses.
+_held: dict[str, int] = {}
+
+
+def open_cache(cache_dir: object = None) -> str:
+    """Return the absolute path of a cache; None is a directory that is this user's alone."""
+    if cache_dir is not None:
+        return absolute_directory(cache_dir, "cache_dir")
+    base = os.path.join(tempfile.gettempdir(), f"keras-remote-data-{os.getuid()}")
+    try:
+        with suppress(FileExistsError):
+            os.mkdir(base, 0o700)
+        found = os.lstat(base)
+    except OSError as exc:
+        raise OSError(
+            exc.errno,
+            f"cannot make a directory for datasets ({exc.strerror}). Pass dest or cache_dir",
+            base,
+        ) from exc
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise InvalidInputError(
+            f"{base} is not a directory that only this user can open: remove it, or name a dest"
+        )
+    return base
+
+
+def hold(copy: str) -> None:
+    """Use the copy at this path, which need not be there yet, until this process ends."""
+    path = _use_file(copy)
+    try:
+        if copy not in _held or not is_at(_held[copy], path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            descriptor = _lock(path, fcntl.LOCK_SH)
+            stale = _held.pop(copy, None)
+            _held[copy] = descriptor
+            if stale is not None:
+                os.close(stale)
+        with suppress(PermissionError):  # another user's file
+            os.utime(_held[copy])
+    except (OSError, NotImplementedError) as exc:
+        if isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        _log.debug("Using a copy without a lock (%s): %s", exc, copy)
+
+
+def make_room(cache: str, max_bytes: int, needed_bytes: int = 0) -> None:
+    """Remove the least recently used copies until so many bytes fit; keep those that are in use."""
+    copies = sorted(_find_copies(cache))
+    total = needed_bytes + sum(size for _, _, size in copies)
+    for _, copy, size in copies:
+        if total > max_bytes and _remove(copy):
+            _log.info("Removed a copy (%s) from the cache: %s", format_bytes(size), copy)
+            total -= size
+    if total > max_bytes:
+        _log.warning(
+            "The cache takes %s, limit %s: the copies left are in use, or cannot be locked: %s",
+            format_bytes(total),
+            format_bytes(max_bytes),
+            cache,
+        )
+
+
+def _find_copies(cache: str) -> Iterator[tuple[int, str, int]]:
+    """Yield last use, path and size of each copy, after removing what killed processes left."""
+    with suppress(FileNotFoundError):
+        sweep(cache)
+        for entry in os.scandir(cache):
+            if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    yield _last_use(entry.path), entry.path, _size(entry.path)
+
+
+def _remove(copy: str) -> bool:
+    """Remove a copy unless it is in use or cannot be locked; return whether it is gone."""
+    path = _use_file(copy)
+    try:
+        descriptor = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            with locked(os.path.join(os.path.dirname(copy), partial_name(copy))) as partial:
+                os.rename(copy, os.path.join(partial, "old"))
+            os.unlink(path)
+        finally:
+            os.close(descriptor)
+    except (OSError, NotImplementedError) as exc:
+        _log.debug("Kept a copy in the cache (%s): %s", exc, copy)
+        return False
+    return True
+
+
+def _lock(path: str, operation: int) -> int:
+    """Return a descriptor of the file at `path` that holds this lock on it."""
+    if not hasattr(fcntl, "flock"):
+        raise NotImplementedError
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as exc:
+            if exc.errno not in (errno.EACCES, errno.EROFS):
+                raise
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, operation)
+            if is_at(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # removed meanwhile, with its copy
+
+
+def _use_file(copy: str) -> str:
+    folder, name = os.path.split(copy)
+    return os.path.join(folder, f".keras-remote-{name}.use")
+
+
+def _last_use(copy: str) -> int:
+    try:
+        return os.stat(_use_file(copy)).st_mtime_ns
+    except FileNotFoundError:
+        return os.stat(copy).st_mtime_ns
+
+
+def _size(copy: str) -> int:
+    return sum(
+        os.lstat(os.path.join(folder, name)).st_size
+        for folder, _, names in os.walk(copy)
+        for name in names
+    )
