@@ -32,6 +32,7 @@ from keras_remote_airflow.core.disk.destination import (
     unhashed,
     write_record,
 )
+from keras_remote_airflow.core.disk.tree import system_path
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError
 from keras_remote_airflow.core.layout import (
     KERAS_REMOTE,
@@ -199,7 +200,7 @@ class _Job:
             if is_around_cwd(final) and (key is None or read_record(final) != key.content_hash):
                 check_replaceable(final)
         else:
-            final = os.path.join(target, os.fsdecode(self._source.single_name().encode()))
+            final = os.path.join(target, system_path(self._source.single_name()))
             if os.path.isdir(final):
                 raise InvalidInputError(
                     f"destination is a directory, but the data is a single file: {final}, "
@@ -315,13 +316,17 @@ class _Job:
                 raise
             except OSError as exc:  # it names a path that the caller never gave
                 refusing = os.path.dirname(exc.filename) if exc.filename else folder
-                message = f"cannot write beside the destination ({exc.strerror}: {refusing})"
-                remedy = "Choose a dest whose parent directory is writable"
-                if self._ref.is_dir and os.path.isdir(final):
-                    remedy += f", such as {os.path.join(final, 'data')}"
                 if isinstance(exc, PermissionError):
-                    raise InvalidInputError(f"{message}: {final}. {remedy}.") from exc
-                raise OSError(exc.errno, f"{message}: {final}. {remedy}") from exc
+                    inside = f", or {os.path.join(final, 'data')}" if os.path.isdir(final) else ""
+                    raise InvalidInputError(
+                        f"permission denied by {refusing}, where the download goes first, beside "
+                        f"{final}. Choose a dest whose parent directory is writable{inside}."
+                    ) from exc
+                raise OSError(
+                    exc.errno,
+                    f"cannot write beside the destination ({exc.strerror}: {refusing}): {final}. "
+                    "Choose a dest whose parent directory is writable",
+                ) from exc
             yield partial
 
     def _make_room(self) -> None:

@@ -24,6 +24,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from keras_remote_airflow.core.disk.tree import refusing, system_path
 from keras_remote_airflow.core.errors import InvalidInputError
 
 _log = logging.getLogger(__name__)
@@ -59,9 +60,7 @@ def absolute_directory(directory: object, what: str) -> str:
             f"{what} is no path: {directory!r}. Pass the path of a directory; is a template or a "
             "variable empty?"
         )
-    # The text of a ref is Unicode whatever the locale.
-    text = os.fsdecode(text.encode("utf-8", "surrogateescape"))
-    path = os.path.abspath(os.path.expanduser(text))
+    path = os.path.abspath(os.path.expanduser(system_path(text)))
     try:
         is_directory = stat.S_ISDIR(os.stat(path).st_mode)
     except FileNotFoundError:
@@ -137,12 +136,9 @@ def denied(path: str, error: OSError) -> Exception:
     """Return the error to raise for a destination that cannot be looked into."""
     if not isinstance(error, PermissionError):
         return OSError(error.errno, error.strerror, path)
-    folders = [path]
-    while folders[-1] != os.path.dirname(folders[-1]):
-        folders.append(os.path.dirname(folders[-1]))
-    refusing = next((f for f in reversed(folders) if not os.access(f, os.X_OK)), path)
     return InvalidInputError(
-        f"permission denied by {refusing}: {path}. Choose another dest, or give this user access."
+        f"permission denied by {refusing(path)}, for destination {path}. Choose another, or give "
+        "this user access."
     )
 
 
@@ -362,12 +358,6 @@ def _is_private(descriptor: int) -> bool:
     with suppress(OSError):  # some file systems don't do that
         os.fchmod(descriptor, 0o700)
     return not os.fstat(descriptor).st_mode & 0o077
-
-
-def _other_name(directory: str) -> str:
-    """Return a name beside this directory that no other process knows."""
-    _log.warning("Stepping round what is not a directory of this user alone: %s", directory)
-    return f"{directory.removesuffix(_SUFFIX)}-{os.urandom(8).hex()}{_SUFFIX}"
 
 
 def _flock(descriptor: int, directory: str, wait: bool) -> bool:

@@ -208,7 +208,7 @@ def _unusable(path: str | bytes, error: OSError) -> Exception:
             "shorten the path."
         )
     if isinstance(error, PermissionError):
-        place = _refusing(path)
+        place = refusing(path)
         by = "" if place == path else f" by {place}"
         return InvalidInputError(
             f"permission denied{by}, cannot read {path}. Make it readable for this user, or move "
@@ -218,7 +218,7 @@ def _unusable(path: str | bytes, error: OSError) -> Exception:
     return OSError(error.errno, error.strerror, path)
 
 
-def _refusing(path: str) -> str:
+def refusing(path: str) -> str:
     """Return the directory, or the file, whose permissions keep this user from `path`."""
     for place in (real := Path(os.path.realpath(path)), *real.parents):
         try:
