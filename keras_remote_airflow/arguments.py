@@ -4,9 +4,10 @@
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from keras_remote_airflow.core.data import path_text
 from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.layout import KINETIC
 
@@ -19,22 +20,14 @@ def to_template(name: str, value: Any) -> Any:
 
     Args:
         name: the argument's.
-        value: text, an `os.PathLike`, an ObjectStoragePath, a `Data`, the output of a task, None.
+        value: text, what else `core.data.path_text` takes, a `Data`, the output of a task, None.
 
     Raises:
-        InvalidInputError: it is a list or another collection, or a path that is not local.
+        InvalidInputError: it is a list or another collection, or a path that can't be read.
     """
-    protocol = getattr(value, "protocol", None)  # that of ObjectStoragePath and of other UPaths
-    if isinstance(protocol, str):
-        if protocol not in ("", "file"):
-            hint = "Pass the URI as text" if protocol == "gs" else "Only local files are read"
-            raise InvalidInputError(
-                f"{name} is a path on {protocol}://, expected a local path or text. {hint}: {value}"
-            )
-        return value.path
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    _refuse_several(name, value)
+    if isinstance(value, os.PathLike) or isinstance(getattr(value, "protocol", None), str):
+        return path_text(value)
+    refuse_several(name, value)
     return value
 
 
@@ -53,7 +46,7 @@ def rendered_or_none(name: str, value: Any) -> str | None:
         return value
     if type(value) is int:
         return str(value)
-    _refuse_several(name, value)
+    refuse_several(name, value)
     raise InvalidInputError(
         f"{name} is {value!r}, a {type(value).__name__}; expected text. If a template rendered it, "
         "see render_template_as_native_obj of the DAG."
@@ -80,9 +73,16 @@ def check_mount_path(layout: Any, mount_path: Any) -> None:
         )
 
 
-def _refuse_several(name: str, value: Any) -> None:
-    if isinstance(value, Collection) and not isinstance(value, str | bytes):
+def refuse_several(name: str, value: Any, instead: str = "") -> None:
+    """Raise InvalidInputError for a list, or another collection, in place of one value.
+
+    Args:
+        name: the argument's.
+        value: the argument.
+        instead: how to get a task for each; "" is `expand` with this argument.
+    """
+    if isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping):
         raise InvalidInputError(
             f"{name} is a {type(value).__name__} of {len(value)}: a task takes one. For a task "
-            f"each, use .partial(…).expand({name}=…)."
+            f"each, {instead or f'use .partial(…).expand({name}=…)'}."
         )

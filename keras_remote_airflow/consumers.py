@@ -18,6 +18,7 @@ A keras-kinetic function doesn't need these functions: with `layout="kinetic"` i
 """
 
 import json
+import os
 import posixpath
 import re
 import shlex
@@ -26,6 +27,7 @@ from functools import partial
 from typing import Any
 
 from keras_remote_airflow._compat import Context, ResolveMixin
+from keras_remote_airflow.arguments import refuse_several, to_template
 from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.refs import REF_VARIABLE, DataRef, parse_data_ref
 from keras_remote_airflow.failures import permanent_errors_fail_the_task
@@ -35,15 +37,17 @@ _COMMAND = ["python", "-m", "keras_remote_airflow", "get"]
 # point cannot be renamed into place.
 _VOLUME_PATH = "/keras-remote"
 _STARTUP_TIMEOUT = 3600  # seconds
+_MAP_BOTH = "put both tasks into a task group, and map that"
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 
 
 def gcsfuse_pod_kwargs(
     upload: Any,
-    mount_path: str | None = None,
+    mount_path: str | os.PathLike[str] | None = None,
     *,
     name: str = "data",
     mount_options: str = "",
+    user_project: str | None = None,
     add_to: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Mount the dataset read-only with Cloud Storage FUSE, for a pod on GKE.
@@ -56,6 +60,7 @@ def gcsfuse_pod_kwargs(
         mount_path: absolute path of the dataset in the container; None takes that of the ref.
         name: tells several datasets of one pod apart: a DNS label, at most 32 characters.
         mount_options: further mount options of Cloud Storage FUSE, separated by commas.
+        user_project: id of the project to bill for reads, if the bucket uses Requester Pays.
         add_to: keyword arguments of the operator to add to, such as another call's, or
             {"pod_template_dict": ...} with a template of your own. They are not changed.
 
@@ -65,6 +70,8 @@ def gcsfuse_pod_kwargs(
     source = _parse_upload(upload)
     pod = _Pod(add_to, name)
     pod.metadata.setdefault("annotations", {})["gke-gcsfuse/volumes"] = "true"
+    billing = f"billing-project={user_project}" if user_project else ""
+    more = ",".join(filter(None, [billing, mount_options]))
     pod.add_volume(
         csi={
             "driver": "gcsfuse.csi.storage.gke.io",
@@ -72,7 +79,7 @@ def gcsfuse_pod_kwargs(
             "volumeAttributes": {
                 "bucketName": _fill_in(source, "bucket", lambda ref: ref.bucket),
                 "mountOptions": _fill_in(
-                    source, "mount options", lambda ref: _mount_options(ref, mount_options)
+                    source, "mount options", lambda ref: _mount_options(ref, more)
                 ),
             },
         }
@@ -83,13 +90,12 @@ def gcsfuse_pod_kwargs(
 
 def materialize_pod_kwargs(
     upload: Any,
-    mount_path: str | None = None,
+    mount_path: str | os.PathLike[str] | None = None,
     *,
     image: str,
     name: str = "data",
     volume: Mapping[str, Any] | None = None,
     container: Mapping[str, Any] | None = None,
-    startup_timeout_seconds: int | None = None,
     user_project: str | None = None,
     add_to: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -106,15 +112,13 @@ def materialize_pod_kwargs(
         volume: the source of the volume that holds the data, as in a pod's YAML; None is an
             emptyDir, on the disk of the node.
         container: more fields of the init container, as in a pod's YAML, such as `resources`.
-        startup_timeout_seconds: seconds that the pod may take to start once it is scheduled, all
-            downloads included; None keeps what `add_to` says, else 3600 (the operator's own default
-            is 120).
         user_project: id of the project to bill for the download, see `connection`.
         add_to: as for `gcsfuse_pod_kwargs`.
 
     Returns:
-        `add_to` with `pod_template_dict`, `startup_timeout_seconds`, and `init_container_logs`, so
-        that what goes wrong shows in the task's log.
+        `add_to` with `pod_template_dict`; `init_container_logs`, so that what goes wrong shows in
+        the task's log; and `startup_timeout_seconds`, unless it has that: an hour, because the pod
+        counts as starting while it downloads (the operator's own default is two minutes).
     """
     source = _parse_upload(upload)
     pod = _Pod(add_to, name)
@@ -132,12 +136,7 @@ def materialize_pod_kwargs(
     pod.spec.setdefault("initContainers", []).append(init)
     pod.add_volume(**(volume or {"emptyDir": {}}))
     pod.add_mount(source, mount_path, subPath=posixpath.basename(dest))
-    logs = pod.kwargs.get("init_container_logs") or []
-    if logs is not True:
-        others = [logs] if isinstance(logs, str) else logs
-        pod.kwargs["init_container_logs"] = [*others, pod.label]
-    if startup_timeout_seconds is not None:
-        pod.kwargs["startup_timeout_seconds"] = startup_timeout_seconds
+    pod.kwargs["init_container_logs"] = True
     pod.kwargs.setdefault("startup_timeout_seconds", _STARTUP_TIMEOUT)
     return pod.kwargs
 
@@ -147,7 +146,7 @@ def vertex_command_kwargs(
     command: Sequence[Any],
     *,
     name: str = "data",
-    materialize_at: str | None = None,
+    materialize_at: str | os.PathLike[str] | None = None,
     user_project: str | None = None,
 ) -> dict[str, Any]:
     """Hand the dataset to a Vertex AI training job that is described by its container's command.
@@ -169,11 +168,11 @@ def vertex_command_kwargs(
         `command`.
     """
     source = _parse_upload(upload)
+    variables, first = _vertex_parts(name, materialize_at, user_project)
     assignments = [
         _fill_in(source, variable, partial(_assignment, variable, make))
-        for variable, make in _vertex_variables(name, materialize_at).items()
+        for variable, make in variables.items()
     ]
-    first = _materialize_first(name, materialize_at, user_project)
     return {"command": ["env", *assignments, *first, *command]}
 
 
@@ -182,7 +181,7 @@ def vertex_custom_job_kwargs(
     custom_job: Mapping[str, Any],
     *,
     name: str = "data",
-    materialize_at: str | None = None,
+    materialize_at: str | os.PathLike[str] | None = None,
     user_project: str | None = None,
 ) -> dict[str, Any]:
     """Hand the dataset to every worker of a Vertex AI custom job.
@@ -204,19 +203,14 @@ def vertex_custom_job_kwargs(
         `custom_job`.
     """
     source = _parse_upload(upload)
-    if not isinstance(custom_job, Mapping):
-        raise InvalidInputError(
-            f"custom_job is a {type(custom_job).__name__}; expected a dict: pass the job that "
-            "CreateCustomJobOperator would get"
-        )
     # Not deepcopy: it would copy the tasks that an earlier call's values are to be filled in from.
     job = _copy_tree(custom_job)
-    variables = _vertex_variables(name, materialize_at)
-    first = _materialize_first(name, materialize_at, user_project)
-    pools = (job.get("job_spec") or {}).get("worker_pool_specs")
+    variables, first = _vertex_parts(name, materialize_at, user_project)
+    pools = (job.get("job_spec") or {}).get("worker_pool_specs") if isinstance(job, dict) else None
     if not pools:
         raise InvalidInputError(
-            "custom_job has no job_spec with worker_pool_specs: give it one with a container_spec"
+            f"custom_job is a {type(custom_job).__name__} without job_spec and worker_pool_specs: "
+            "pass the job as a dict, with a container_spec"
         )
     for number, pool in enumerate(pools):
         spec = pool.get("container_spec") or pool.get("python_package_spec")
@@ -264,7 +258,9 @@ class _FilledIn(ResolveMixin):
 
     def resolve(self, context: Context, **_: Any) -> str:
         with permanent_errors_fail_the_task():
-            return self._make(parse_data_ref(self._output.resolve(context)))
+            value = self._output.resolve(context)
+            refuse_several("upload", value, _MAP_BOTH)
+            return self._make(parse_data_ref(value))
 
     def __repr__(self) -> str:
         # Goes into the serialized DAG, so it must be the same at every parse.
@@ -274,6 +270,7 @@ class _FilledIn(ResolveMixin):
 
 def _parse_upload(upload: Any) -> DataRef | ResolveMixin:
     """Return the ref, or the output that will be one when templates are rendered."""
+    refuse_several("upload", upload, _MAP_BOTH)
     if isinstance(upload, Mapping | str):
         return parse_data_ref(upload)
     output = upload if isinstance(upload, ResolveMixin) else getattr(upload, "output", None)
@@ -322,20 +319,8 @@ class _Pod:
             )
         volumes.append({"name": self.label, **source})
 
-    def add_mount(
-        self, source: DataRef | ResolveMixin, mount_path: str | None, **more: Any
-    ) -> None:
-        def mounted(ref: DataRef) -> str:
-            if not ref.mount_path or not ref.mount_path.startswith("/"):
-                raise InvalidInputError(
-                    f"mount_path is {ref.mount_path!r}; expected an absolute path: pass "
-                    "mount_path, or set it on the upload"
-                )
-            return ref.mount_path
-
-        if mount_path is not None and not mount_path.startswith("/"):
-            raise InvalidInputError(f"mount_path is {mount_path!r}; expected an absolute path")
-        where = mount_path or _fill_in(source, "mount path", mounted)
+    def add_mount(self, source: DataRef | ResolveMixin, mount_path: Any, **more: Any) -> None:
+        where = _absolute("mount_path", mount_path) or _fill_in(source, "mount path", _mount_path)
         self._base.setdefault("volumeMounts", []).append(
             {"name": self.label, "mountPath": where, "readOnly": True, **more}
         )
@@ -361,30 +346,35 @@ def _check_name(name: str) -> None:
         )
 
 
-def _vertex_variables(name: str, materialize_at: str | None) -> dict[str, Callable[[DataRef], str]]:
+def _vertex_parts(
+    name: str, materialize_at: Any, user_project: str | None
+) -> tuple[dict[str, Callable[[DataRef], str]], list[str]]:
+    """Return how to make the variables of a ref, and the start of the container's command."""
     _check_name(name)
-    if materialize_at is not None and not materialize_at.startswith("/"):
-        raise InvalidInputError(f"materialize_at is {materialize_at!r}; expected an absolute path")
+    where = _absolute("materialize_at", materialize_at)
     path, ref = _variables(name)
-    return {path: lambda ref: materialize_at or _gcs_path(ref), ref: _to_json}
-
-
-def _materialize_first(
-    name: str, materialize_at: str | None, user_project: str | None
-) -> list[str]:
-    """Return the start of a command that downloads the data before it runs what follows."""
-    if not materialize_at:
+    variables: dict[str, Callable[[DataRef], str]] = {
+        path: lambda data_ref: where or _gcs_path(data_ref),
+        ref: _to_json,
+    }
+    if not where:
         if user_project:
             raise InvalidInputError(
                 "user_project is for downloads: pass materialize_at too, or leave it out"
             )
-        return []
-    path, ref = _variables(name)
+        return variables, []
     # No $(...): Vertex AI takes it for a reference to an environment variable. The command prints
     # a path, which would be taken for output of the job's own.
     options = shlex.join(_options(user_project))
     script = f'{" ".join(_COMMAND)} "${ref}" "${path}" {options} >&2 && exec "$@"'
-    return ["sh", "-c", script, "sh"]
+    return variables, ["sh", "-c", script, "sh"]
+
+
+def _absolute(name: str, path: Any) -> str | None:
+    text: str | None = to_template(name, path)
+    if text is not None and not text.startswith("/"):
+        raise InvalidInputError(f"expected an absolute path, found {name}={text!r}")
+    return text
 
 
 def _options(user_project: str | None) -> list[str]:
@@ -397,6 +387,15 @@ def _assignment(variable: str, make: Callable[[DataRef], str], ref: DataRef) -> 
 
 def _to_json(ref: DataRef) -> str:
     return _escaped(json.dumps(ref.to_dict()))
+
+
+def _mount_path(ref: DataRef) -> str:
+    if not ref.mount_path or not ref.mount_path.startswith("/"):
+        raise InvalidInputError(
+            f"expected an absolute path, found mount_path={ref.mount_path!r} in the ref: pass "
+            "mount_path, or set it on the upload"
+        )
+    return ref.mount_path
 
 
 def _gcs_path(ref: DataRef) -> str:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from typing import Any
 
@@ -124,25 +124,17 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
     def execute(self, context: Context) -> Any:
         self._running = True
         try:
-            with self._folder() as folder:
-                paths = PathsForRefs(self._fetcher(folder))
+            with ExitStack() as stack:
                 with permanent_errors_fail_the_task():
+                    cache_dir = rendered_or_none("cache_dir", self.cache_dir)
+                    folder = cache_dir or stack.enter_context(_temporary_directory())
+                    paths = PathsForRefs(self._fetcher(os.path.expanduser(folder)))
                     self.op_args = paths.put_into(self.op_args)
                     self.op_kwargs = paths.put_into(self.op_kwargs)
-                paths.warn_of_text()
+                    paths.warn_of_text()
                 return super().execute(context)
         finally:
             self._running = False
-
-    @contextmanager
-    def _folder(self) -> Iterator[str]:
-        with permanent_errors_fail_the_task():
-            cache_dir = rendered_or_none("cache_dir", self.cache_dir)
-        if cache_dir:
-            yield os.path.expanduser(cache_dir)
-        else:
-            with _temporary_directory() as folder:
-                yield folder
 
     def on_kill(self) -> None:
         """End the download or the function, so that the temporary directory is removed.

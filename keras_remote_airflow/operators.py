@@ -23,6 +23,7 @@ from keras_remote_airflow.assets import (
     is_work_of_an_earlier_try,
 )
 from keras_remote_airflow.connection import connect
+from keras_remote_airflow.core.data import Data
 from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.layout import CacheKey, Layout, get_layout
 from keras_remote_airflow.core.progress import format_bytes, format_files
@@ -34,7 +35,6 @@ from keras_remote_airflow.metrics import count_upload
 if TYPE_CHECKING:
     import os
 
-    from keras_remote_airflow.core.data import Data
     from keras_remote_airflow.core.datasets.lookup import Verify
     from keras_remote_airflow.core.datasets.upload import UploadResult
     from keras_remote_airflow.core.layout import LayoutName
@@ -225,9 +225,7 @@ class DataUploadOperator(BaseOperator):
         finally:
             self._transferring = False
 
-    def _data(self) -> "Data":
-        from keras_remote_airflow.core.data import Data
-
+    def _data(self) -> Data:
         return self.data if isinstance(self.data, Data) else Data(rendered("data", self.data))
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:  # noqa: ARG002 - OpenLineage's signature
