@@ -24,7 +24,7 @@ from keras_remote_airflow.assets import (
 )
 from keras_remote_airflow.connection import connect
 from keras_remote_airflow.core.data import Data
-from keras_remote_airflow.core.errors import InvalidInputError
+from keras_remote_airflow.core.errors import EmptyDataError, InvalidInputError
 from keras_remote_airflow.core.layout import CacheKey, Layout, get_layout
 from keras_remote_airflow.core.progress import format_bytes, format_files
 from keras_remote_airflow.core.refs import DataRef
@@ -34,6 +34,8 @@ from keras_remote_airflow.metrics import count_upload
 
 if TYPE_CHECKING:
     import os
+
+    from google.cloud.storage import Client
 
     from keras_remote_airflow.core.datasets.lookup import Verify
     from keras_remote_airflow.core.datasets.upload import UploadResult
@@ -47,7 +49,7 @@ class DataUploadOperator(BaseOperator):
 
     The task reads and hashes the data on the worker. If a dataset is published under that hash,
     nothing is written; otherwise what is missing is uploaded, and last the marker, which publishes
-    it. `gs://` data is passed through without a request. See `core.datasets.upload`.
+    it. `gs://` data is listed, and passed on if it is there. See `core.datasets.upload`.
 
     XComs: `return_value` is the ref, a plain dict (see `core.refs`), each of its fields is pushed
     too (`upload.output["gcs_uri"]` works), and `upload_stats` is {"content_hash", "cache_hit",
@@ -83,9 +85,10 @@ class DataUploadOperator(BaseOperator):
         hash_index: file on the worker that remembers the hashes of unchanged files, see
             `core.disk.index`; None takes the worker's `KERAS_REMOTE_HASH_INDEX`, or reads every
             file. Templated.
-        allow_empty: whether data without files may be published. It is often a volume that is not
-            mounted.
-        min_files: how many files there must be at least, for volumes that are mounted in part.
+        allow_empty: whether a folder without files may be published. It is often a volume that is
+            not mounted. `gs://` data must be there in any case.
+        min_files: how many files there must be at least, for volumes that are mounted in part and
+            prefixes that are half written.
         on_cache_hit: "continue", or "skip": if the data is not new, the task ends as skipped, and
             Airflow skips what is downstream. The XComs are pushed either way.
         multiple_outputs: push each field of the ref as an XCom of its own too.
@@ -204,11 +207,11 @@ class DataUploadOperator(BaseOperator):
         uri = CacheKey(bucket_name, namespace, any_hash, layout).gcs_uri
         check_outlets(self.outlets, data.path if data.is_gcs else uri)
         user_project = rendered_or_none("user_project", self.user_project)
-        client = None
-        if not data.is_gcs:
-            client = connect(self.gcp_conn_id, self.impersonation_chain)
+        client = connect(self.gcp_conn_id, self.impersonation_chain)
         self._transferring = True
         try:
+            if data.is_gcs:
+                return self._look_at(data, client, user_project)
             return upload(
                 bucket_name,
                 data,
@@ -224,6 +227,27 @@ class DataUploadOperator(BaseOperator):
             )
         finally:
             self._transferring = False
+
+    def _look_at(self, data: Data, client: "Client", user_project: str | None) -> "UploadResult":
+        from keras_remote_airflow.core.datasets.remote import list_source
+        from keras_remote_airflow.core.datasets.upload import UploadResult
+
+        found = list_source(data.path, client=client, user_project=user_project)
+        files = format_files(found.files)
+        if found.files < self.min_files:
+            raise EmptyDataError(
+                f"found {files} on Cloud Storage, expected at least {self.min_files}: {data.path}. "
+                "Is what writes there done? If not more are expected, pass a lower min_files."
+            )
+        size = format_bytes(found.bytes)
+        self.log.info("Passing on %s (%s) that Cloud Storage has: %s", files, size, data.path)
+        return UploadResult(
+            data.path,
+            data.is_dir,
+            files=found.files,
+            bytes=found.bytes,
+            fingerprint=found.fingerprint,
+        )
 
     def _data(self) -> Data:
         return self.data if isinstance(self.data, Data) else Data(rendered("data", self.data))

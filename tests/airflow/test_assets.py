@@ -40,6 +40,8 @@ def test_an_alias_has_events_for_new_data_only(
     run_dag, asset_events, gcs_server, dataset, long_ago
 ):
     file = dataset / "train.csv"
+    gcs_server.create_bucket("elsewhere")
+    gcs_server.put("elsewhere", "日本 #?a", b"")
     run = run_dag(
         DAGS / "outlets.py",
         "outlets",

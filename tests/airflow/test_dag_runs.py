@@ -56,6 +56,8 @@ def test_upload_wait_and_use(airflow_home, run_dag, gcs_server, dataset, late_da
         capture_output=True,
         timeout=60,
     )
+    gcs_server.create_bucket("elsewhere")
+    gcs_server.put("elsewhere", "train/a", b"1")
     run = run_dag(
         DAGS / "journeys.py",
         "journeys",
@@ -76,6 +78,7 @@ def test_upload_wait_and_use(airflow_home, run_dag, gcs_server, dataset, late_da
         "bytes": 2,
         "uploaded_files": 2,
         "uploaded_bytes": 2,
+        "fingerprint": None,
     }
 
     stats = run.xcoms["hit"]["upload_stats"]
@@ -95,6 +98,7 @@ def test_upload_wait_and_use(airflow_home, run_dag, gcs_server, dataset, late_da
     assert run.xcoms["gcs"]["return_value"]["gcs_uri"] == "gs://elsewhere/train/"
     assert run.xcoms["gcs"]["return_value"]["is_dir"] is True
     assert run.xcoms["gcs"]["upload_stats"]["content_hash"] is None
+    assert re.search(r"1 file \(1 B\).*: gs://elsewhere/train/", run.log)
 
     looks = [
         request.status

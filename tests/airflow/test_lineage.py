@@ -43,8 +43,11 @@ def test_a_hit_has_written_nothing(execute, extract, dataset):
     assert extract(task).outputs[0].outputFacets["outputStatistics"].size == 0
 
 
-def test_data_that_was_on_cloud_storage_has_no_lineage(execute, extract):
-    task = DataUploadOperator(task_id="upload", data="gs://elsewhere/a", bucket_name="test-bucket")
+def test_data_that_was_on_cloud_storage_has_no_lineage(execute, extract, gcs_server):
+    gcs_server.put("test-bucket", "raw/a", b"1")
+    task = DataUploadOperator(
+        task_id="upload", data="gs://test-bucket/raw/", bucket_name="test-bucket"
+    )
     execute(task)
     lineage = extract(task)
     assert (lineage.inputs, lineage.outputs) == ([], [])

@@ -67,12 +67,36 @@ def test_constructing_it_touches_neither_the_data_nor_the_arguments():
     assert {name: getattr(task, name) for name in task.template_fields} == arguments
 
 
-def test_gs_data_needs_neither_a_request_nor_a_connection(execute, gcs_server):
-    task = upload("gs://elsewhere/model.keras", gcp_conn_id="there_is_no_such_connection")
-    ref, xcoms = execute(task)
-    assert (ref["gcs_uri"], ref["is_dir"]) == ("gs://elsewhere/model.keras", False)
-    assert xcoms["upload_stats"]["content_hash"] is None
-    assert gcs_server.requests == []
+def test_gs_data_is_looked_at_once_and_passed_on(execute, gcs_server):
+    gcs_server.create_bucket("elsewhere")
+    for name, content in {"raw/a": b"1", "raw/b": b"22", "rawhide": b"333"}.items():
+        gcs_server.put("elsewhere", name, content)
+    stats = []
+    for _ in range(2):
+        gcs_server.clear_requests()
+        ref, xcoms = execute(upload("gs://elsewhere/raw/"))
+        stats.append(xcoms["upload_stats"])
+        assert len(gcs_server.requests) == 1
+        gcs_server.put("elsewhere", "raw/b", b"2!")
+    assert (ref["gcs_uri"], ref["is_dir"]) == ("gs://elsewhere/raw/", True)
+    assert {stats[0][name] for name in ("content_hash", "cache_hit")} == {None, False}
+    assert (stats[0]["files"], stats[0]["bytes"]) == (2, 3)
+    assert len(stats[0]["fingerprint"]) == 64
+    assert stats[0]["fingerprint"] != stats[1]["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "min_files", "words"),
+    [
+        ("gs://test-bucket/nothing/", 0, "found no objects at gs://test-bucket/nothing/"),
+        ("gs://test-bucket/nothing", 0, "found no objects at gs://test-bucket/nothing"),
+        ("gs://test-bucket/raw/", 3, "found 1 file on Cloud Storage, expected at least 3"),
+    ],
+)
+def test_gs_data_that_is_not_there_is_left_to_retries(execute, gcs_server, uri, min_files, words):
+    gcs_server.put("test-bucket", "raw/a", b"1")
+    with pytest.raises(EmptyDataError, match=words):
+        execute(upload(uri, allow_empty=True, min_files=min_files))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +263,7 @@ class RecordingStats:
 
 def test_hits_misses_files_bytes_and_durations_are_counted(execute, dataset, monkeypatch):
     monkeypatch.setattr(metrics, "Stats", stats := RecordingStats())
-    for data in (dataset, dataset, "gs://elsewhere/a"):
+    for data in (dataset, dataset, f"gs://test-bucket/default/data-cache/{GOLDEN}/"):
         execute(upload(data))
     assert stats.counted == {
         "keras_remote.upload.misses": 1,
