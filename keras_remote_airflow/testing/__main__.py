@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import shlex
 import signal
 import sys
 import threading
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = ": choose another --port, or 0 for any free one" if taken else ""
         print(f"cannot start: {exc}{hint}", file=sys.stderr)
         return 1
-    print(f"export STORAGE_EMULATOR_HOST={server.url}", flush=True)
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in server.env().items()]
+    print(*lines, sep="\n", flush=True)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

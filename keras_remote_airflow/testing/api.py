@@ -4,9 +4,12 @@ https://cloud.google.com/storage/docs/json_api/v1. Everything here is synchronou
 memory or local files only.
 """
 
+import gzip
 import logging
 import re
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from email.utils import formatdate
 from functools import partial
 from typing import Any
@@ -17,6 +20,7 @@ from .batch import batch_reply
 from .buckets import DENIABLE, Buckets
 from .calls import Call, Receiver, Reply, error_reply, json_reply, parse_json
 from .errors import ApiError, invalid, not_allowed, not_found, required
+from .fields import parse_fields
 from .objects import (
     SETTABLE,
     NewObject,
@@ -65,7 +69,7 @@ class Api:
         try:
             match call.parts:
                 case ["upload", "storage", "v1", "b", bucket, "o"]:
-                    refuse_parameters(call)
+                    _check_parameters(call, "object")
                     self._need_payer(call, bucket)
                     return self._uploads.receive(call, bucket)
                 case ["batch", "storage", "v1"] if call.method == "POST":
@@ -78,9 +82,9 @@ class Api:
 
     def answer(self, call: Call) -> Reply:
         """Answer a request whose body is in `call.body`. May raise ApiError."""
-        refuse_parameters(call)
-        # Split before decoding: the name of an object may contain an encoded slash.
-        match call.parts:
+        parts = call.parts
+        _check_parameters(call, _answered_kind(parts, call.reads))
+        match parts:
             case ["storage", "v1", "b"] | ["storage", "v1", "b", ""]:
                 return self._list_or_create_buckets(call)
             case ["storage", "v1", "b", bucket, *rest]:
@@ -89,7 +93,7 @@ class Api:
             case ["download", "storage", "v1", "b", bucket, "o", name] if call.reads:
                 self._need_payer(call, bucket)
                 return self._get(call, bucket, name)
-        refuse_path(call.parts)
+        refuse_path(parts)
         raise not_found()
 
     def _answer_in(self, call: Call, bucket: str, rest: list[str]) -> Reply:
@@ -155,7 +159,7 @@ class Api:
         if call.reads:
             self._buckets.need("bucket_get")
         bucket = self._buckets[name]
-        check_preconditions(call.query, bucket, reading=call.reads)
+        check_preconditions(call.query, bucket, call.headers, reading=call.reads)
         if call.method == "DELETE":
             self._buckets.delete_bucket(name)
             return Reply(204)
@@ -170,7 +174,8 @@ class Api:
             self._buckets.change_bucket(bucket, given)
         elif not call.reads:
             raise not_allowed(call.method)
-        return json_reply(call, bucket_resource(bucket, call.base_url))
+        reply = json_reply(call, bucket_resource(bucket, call.base_url))
+        return replace(reply, headers={**reply.headers, "ETag": bucket.etag})
 
     def _test_permissions(self, call: Call, bucket: str) -> Reply:
         self._buckets[bucket]  # 404 if there is none
@@ -220,7 +225,7 @@ class Api:
             raise not_allowed(call.method)
         self._buckets.need("delete" if call.method == "DELETE" else "update")
         stored = self._buckets.get(bucket, name, call.query.get("generation"))
-        check_preconditions(call.query, stored)
+        check_preconditions(call.query, stored, call.headers)
         if call.method == "DELETE":
             self._buckets.check_removal(stored)
             self._buckets.delete(stored)
@@ -236,12 +241,12 @@ class Api:
         call.object_name = name
         self._buckets.need("get")
         stored = self._buckets.get(bucket, name, call.query.get("generation"))
-        check_preconditions(call.query, stored, reading=True)
+        check_preconditions(call.query, stored, call.headers, reading=True)
         if call.query.get("alt") != "media":
             return self._resource(call, stored)
         headers = {
             "Content-Type": _header_value(stored.content_type or "application/octet-stream"),
-            "ETag": f'"{stored.generation}"',
+            "ETag": stored.etag,
             "Last-Modified": formatdate(stored.updated / 1e6, usegmt=True),
             "X-Goog-Generation": str(stored.generation),
             "X-Goog-Metageneration": str(stored.metageneration),
@@ -253,6 +258,11 @@ class Api:
         for setting, names in _DOWNLOAD_HEADERS.items():
             if setting in stored.settings:
                 headers |= dict.fromkeys(names, _header_value(stored.settings[setting]))
+        if "gzip" not in call.headers.get("accept-encoding", ""):
+            plain = _unzipped(stored)
+            if plain is not None:
+                del headers["Content-Encoding"]
+                return Reply(200, headers, plain)
         start, end, status = 0, stored.size, 200
         wanted = parse_range(call.headers.get("range", ""), stored.size)
         if wanted is not None:
@@ -270,7 +280,8 @@ class Api:
         return Reply(status, headers, stream=stored.body.read(start, end), length=end - start)
 
     def _resource(self, call: Call, stored: StoredObject) -> Reply:
-        return object_reply(call, stored, self._buckets[stored.bucket])
+        reply = object_reply(call, stored, self._buckets[stored.bucket])
+        return replace(reply, headers={**reply.headers, "ETag": stored.etag})
 
     # Objects made from other objects.
 
@@ -280,7 +291,7 @@ class Api:
         """The object to copy or to move."""
         self._buckets.need("get")
         source = self._buckets.get(bucket, name, generation)
-        check_preconditions(call.query, source, "ifSource")
+        check_preconditions(call.query, source, prefix="ifSource")
         return source
 
     def _compose(self, call: Call, bucket: str, name: str) -> Reply:
@@ -360,6 +371,29 @@ def answer_or_error(call: Call, answer: Callable[[], Reply]) -> Reply:
         return error_reply(ApiError(500, "internalError", "Internal error: see the log"))
 
 
+def _check_parameters(call: Call, kind: str) -> None:
+    """Raise 400 for parameters that are not supported or wrong, before anything is done."""
+    refuse_parameters(call)
+    if call.query.get("fields"):
+        call.field_tree = parse_fields(call.query["fields"], kind)
+
+
+def _answered_kind(parts: list[str], reads: bool) -> str:
+    """What the answer describes, as `parse_fields` calls it."""
+    match parts[3:]:
+        case [] | [""]:
+            return "buckets" if reads else "bucket"
+        case [_]:
+            return "bucket"
+        case [_, "o"]:
+            return "objects"
+        case [_, "iam", *_]:
+            return "iam"
+        case [_, "o", _, "rewriteTo", *_]:
+            return "rewriteTo"
+    return "object"
+
+
 def parse_range(header: str, size: int) -> tuple[int, int] | None:
     """First byte and end of a `Range` header; None for the whole. An empty range is not
     satisfiable. Malformed headers and several ranges are ignored (RFC 9110, 14.2)."""
@@ -374,6 +408,22 @@ def parse_range(header: str, size: int) -> tuple[int, int] | None:
     if last and int(last) < int(first):
         return None
     return int(first), min(size, int(last) + 1) if last else size
+
+
+def _unzipped(stored: StoredObject) -> bytes | None:
+    """What a client without gzip gets of an object in gzip; None if that is the object as it is.
+
+    https://cloud.google.com/storage/docs/transcoding. A `Range` is not honoured then.
+    """
+    settings = stored.settings
+    if settings.get("contentEncoding") != "gzip" or "no-transform" in settings.get(
+        "cacheControl", ""
+    ):
+        return None
+    try:
+        return gzip.decompress(stored.data)
+    except (OSError, EOFError, zlib.error):
+        return None
 
 
 def _header_value(value: object) -> str:

@@ -11,10 +11,21 @@ from typing import Any
 from .bodies import Body, FileBody
 from .errors import ApiError, forbidden, invalid, not_found, required
 from .folder import Folder
-from .objects import NewObject, StoredObject, check_preconditions
+from .objects import NewObject, StoredObject, check_preconditions, etag, timestamp
 
 # https://cloud.google.com/storage/docs/buckets#naming
-_BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+_BUCKET_NAME = re.compile(
+    r"(?!goog|.*g[o0]{2}g[l1]e|\d+(?:\.\d+){3}$)(?=.{3,222}$)(?=[a-z0-9])"
+    r"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*(?<=[a-z0-9])"
+)
+# What a bucket keeps from its creation.
+_FIXED = ("location", "customPlacementConfig")
+# https://cloud.google.com/storage/docs/locations
+_REGION = re.compile(r"[A-Z]+-[A-Z]+\d+")
+_LOCATION_TYPES = {
+    **dict.fromkeys(["ASIA", "EU", "US"], "multi-region"),
+    **dict.fromkeys(["ASIA1", "EUR4", "EUR5", "EUR7", "EUR8", "NAM4"], "dual-region"),
+}
 MAX_RETENTION_SECONDS = 3_155_760_000  # https://cloud.google.com/storage/docs/bucket-lock
 # What `StorageServer.deny` takes, and the permission a 403 then names
 # (https://cloud.google.com/storage/docs/access-control/iam-permissions).
@@ -56,6 +67,10 @@ class Bucket:
     def remove(self, stored: StoredObject) -> None:
         del self.objects[stored.name]
         self._names = None
+
+    @property
+    def etag(self) -> str:
+        return etag(self.created, self.metageneration)
 
     @property
     def requester_pays(self) -> bool:
@@ -101,13 +116,13 @@ class Buckets:
         return sorted(self._by_name)
 
     def create_bucket(self, name: str, settings: Mapping[str, Any]) -> Bucket:
-        if not _BUCKET_NAME.fullmatch(name) or ".." in name:
+        if not _BUCKET_NAME.fullmatch(name):
             raise invalid(f"Invalid bucket name: '{name}'")
         if name in self._by_name:
             message = "Your previous request to create the named bucket succeeded"
             raise ApiError(409, "conflict", f"{message} and you already own it.")
         now = self._now()
-        bucket = Bucket(name, _checked(settings), created=now, updated=now)
+        bucket = Bucket(name, _checked(settings, now), created=now, updated=now)
         if self._folder is not None:
             self._folder.create_bucket(name)
         self._by_name[name] = bucket
@@ -116,9 +131,11 @@ class Buckets:
 
     def change_bucket(self, bucket: Bucket, settings: Mapping[str, Any]) -> None:
         """Replace the bucket's settings."""
-        bucket.settings = _checked(settings)
+        now = self._now()
+        fixed = {key: bucket.settings[key] for key in _FIXED if key in bucket.settings}
+        bucket.settings = _checked({**settings, **fixed}, now)
         bucket.metageneration += 1
-        bucket.updated = self._now()
+        bucket.updated = now
         self._save_bucket(bucket)
 
     def delete_bucket(self, name: str) -> None:
@@ -295,8 +312,9 @@ def _fields(value: Bucket | StoredObject, *without: str) -> dict[str, Any]:
     return {name: getattr(value, name) for name in names if name not in without}
 
 
-def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(settings: Mapping[str, Any], now: int) -> dict[str, Any]:
     """A bucket's settings; raises 400 for a malformed value of those that have an effect here."""
+    checked = dict(settings)
     for setting in ("billing", "retentionPolicy"):
         if not isinstance(settings.get(setting, {}), dict):
             raise invalid(f"Invalid value for {setting}: {settings[setting]!r}")
@@ -306,4 +324,14 @@ def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
             raise required("retentionPolicy.retentionPeriod")
         if not (str(period).isdigit() and 0 < int(period) <= MAX_RETENTION_SECONDS):
             raise invalid(f"Invalid value for retentionPeriod: {period!r}")
-    return dict(settings)
+        policy = {"effectiveTime": timestamp(now), **settings["retentionPolicy"]}
+        checked["retentionPolicy"] = {**policy, "retentionPeriod": str(period)}
+    location = str(settings.get("location", "US")).upper()
+    kind = "region" if _REGION.fullmatch(location) else _LOCATION_TYPES.get(location)
+    if kind is None:
+        raise invalid("The specified location constraint is not valid.")
+    if "customPlacementConfig" in settings:
+        kind = "dual-region"
+    if kind != "region":
+        checked.setdefault("rpo", "DEFAULT")
+    return {**checked, "location": location, "locationType": kind}

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import unquote, unquote_plus
 
 from .errors import ApiError
-from .fields import parse_fields, select
+from .fields import Tree, select
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 _REASONS |= {308: "Resume Incomplete", 499: "Client Closed Request"}
@@ -22,7 +22,7 @@ class Call:
 
     `path` is still percent-encoded: an object name may contain `%2F`, so the path must be split
     at its slashes before it is decoded. `body` stays empty for uploads. `object_name` is filled
-    in for the log once it is known.
+    in for the log once it is known, `field_tree` from the parameter `fields` once it is checked.
     """
 
     method: str
@@ -31,6 +31,7 @@ class Call:
     body: bytearray = field(default_factory=bytearray)
     body_bytes: int = 0
     object_name: str | None = None
+    field_tree: Tree = field(default_factory=dict)
     path: str = field(init=False)
     query_string: str = field(init=False)
     query: dict[str, str] = field(init=False)
@@ -65,17 +66,6 @@ class Call:
     @property
     def base_url(self) -> str:
         return f"http://{self.headers.get('host', '127.0.0.1')}"
-
-    @property
-    def field_tree(self) -> dict[str, Any]:
-        """The parsed `fields` parameter; empty without one."""
-        text = self.query.get("fields", "")
-        if not text:
-            return {}
-        try:
-            return parse_fields(text)
-        except ValueError as exc:
-            raise ApiError(400, "invalidParameter", str(exc)) from exc
 
 
 @dataclass(slots=True)
@@ -134,8 +124,7 @@ def parse_json(data: bytes | bytearray) -> dict[str, Any]:
 
 def json_reply(call: Call, value: dict[str, Any]) -> Reply:
     """200, with what the call's `fields` select."""
-    tree = call.field_tree
-    chosen = select(value, tree) if tree else value
+    chosen = select(value, call.field_tree)
     return Reply(200, _JSON, json.dumps(chosen, ensure_ascii=False).encode(errors="replace"))
 
 

@@ -8,6 +8,8 @@ import binascii
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, Self
 
 from .bodies import Body
@@ -70,6 +72,10 @@ class StoredObject:
         return self._md5
 
     @property
+    def etag(self) -> str:
+        return etag(self.generation, self.metageneration)
+
+    @property
     def hash_header(self) -> str:
         """`X-Goog-Hash` of a download; MD5 of a large object is there if it is known already."""
         hashes = f"crc32c={self.crc32c}"
@@ -97,15 +103,32 @@ class StoredObject:
                 )
 
 
+def etag(generation: int, metageneration: int) -> str:
+    packed = generation.to_bytes(8, "big") + metageneration.to_bytes(4, "big")
+    return base64.b64encode(packed).decode()
+
+
+def timestamp(microseconds: int) -> str:
+    """RFC 3339 with milliseconds, as Cloud Storage writes it."""
+    moment = datetime.fromtimestamp(microseconds // 1000 / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def check_preconditions(
-    query: Mapping[str, Any], current: Any, prefix: str = "if", *, reading: bool = False
+    query: Mapping[str, Any],
+    current: Any,
+    headers: Mapping[str, str] = MappingProxyType({}),
+    *,
+    prefix: str = "if",
+    reading: bool = False,
 ) -> None:
     """Raise 412 unless they hold for a bucket, an object or None, which has generation 0.
 
     On reads the "not match" kind raises 304. `prefix` may be "ifSource".
     https://cloud.google.com/storage/docs/request-preconditions
     """
-    differs = is_same = False
+    differs = _names_etag(headers, "if-match", current) is False
+    is_same = _names_etag(headers, "if-none-match", current) is True
     for number in ("Generation", "Metageneration"):
         actual = getattr(current, number.lower(), 0)
         differs |= whole_number(query, f"{prefix}{number}Match") not in (None, actual)
@@ -115,6 +138,14 @@ def check_preconditions(
     if is_same or differs:
         message = "At least one of the pre-conditions you specified did not hold."
         raise ApiError(412, "conditionNotMet", message)
+
+
+def _names_etag(headers: Mapping[str, str], name: str, current: Any) -> bool | None:
+    """Whether the header names the ETag of what is there; None without the header."""
+    if name not in headers:
+        return None
+    named = {part.strip().removeprefix("W/").strip('"') for part in headers[name].split(",")}
+    return not named.isdisjoint({"*", current.etag})
 
 
 def whole_number(values: Mapping[str, Any], name: str) -> int | None:

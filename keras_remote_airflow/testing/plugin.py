@@ -3,7 +3,8 @@
 `gcs_server` is a running `StorageServer` with one bucket, for tests that inject faults or look at
 what was stored. `gcs_bucket` is the name of a bucket, for tests that only speak the API: when
 STORAGE_EMULATOR_HOST is set already, it is a fresh bucket on that server.
-Both leave STORAGE_EMULATOR_HOST and AIRFLOW_CONN_GOOGLE_CLOUD_DEFAULT (anonymous) set.
+Both set what `environment()` has: STORAGE_EMULATOR_HOST, AIRFLOW_CONN_GOOGLE_CLOUD_DEFAULT
+(anonymous) and GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT.
 """
 
 import json

@@ -3,27 +3,14 @@
 https://cloud.google.com/storage/docs/json_api/v1/objects#resource and `/buckets#resource`.
 """
 
-import base64
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
 from .buckets import Bucket
 from .calls import Call, Reply, json_reply
 from .fields import Tree
-from .objects import StoredObject
-
-
-def timestamp(microseconds: int) -> str:
-    """RFC 3339 with milliseconds, as Cloud Storage writes it."""
-    moment = datetime.fromtimestamp(microseconds // 1000 / 1000, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def etag(generation: int, metageneration: int) -> str:
-    packed = generation.to_bytes(8, "big") + metageneration.to_bytes(4, "big")
-    return base64.b64encode(packed).decode()
+from .objects import StoredObject, timestamp
 
 
 def object_resource(
@@ -48,7 +35,7 @@ def object_resource(
         "storageClass": "STANDARD",
         "size": str(stored.size),
         "crc32c": stored.crc32c,
-        "etag": etag(stored.generation, stored.metageneration),
+        "etag": stored.etag,
         "timeCreated": created,
         "updated": created if stored.updated == stored.created else timestamp(stored.updated),
         "timeStorageClassUpdated": created,
@@ -93,10 +80,8 @@ def bucket_resource(bucket: Bucket, base_url: str) -> dict[str, Any]:
         "selfLink": f"{base_url}/storage/v1/b/{bucket.name}",
         "projectNumber": "0",
         "metageneration": str(bucket.metageneration),
-        "location": "US",
-        "locationType": "multi-region",
         "storageClass": "STANDARD",
-        "etag": etag(bucket.created, bucket.metageneration),
+        "etag": bucket.etag,
         "timeCreated": timestamp(bucket.created),
         "updated": timestamp(bucket.updated),
         "iamConfiguration": {

@@ -17,6 +17,7 @@ from .bodies import Body
 from .buckets import Buckets
 from .calls import Call, Receiver, Reply, parse_json
 from .errors import ApiError, invalid, not_allowed, not_found
+from .fields import Tree
 from .objects import NewObject, declared_hashes, whole_number
 from .resources import object_reply
 from .unsupported import refuse_object_settings
@@ -102,6 +103,7 @@ class Uploads:
             bucket=bucket,
             new=new,
             query=call.query,
+            field_tree=call.field_tree,
             body=self._open(call, bucket, new),
             declared_size=whole_number(call.headers, "x-upload-content-length"),
         )
@@ -139,8 +141,7 @@ class Uploads:
         """The body of a PUT to a session is whole."""
         if not part.end(call.body_bytes):
             return session.status(call.headers)
-        if "fields" in session.query:
-            call.query.setdefault("fields", session.query["fields"])
+        call.field_tree = call.field_tree or session.field_tree
         try:
             new = session.new.with_hashes(declared_hashes(call.headers, of_body=True))
             reply = self._finish(call, session.bucket, new, session.body, session.query)
@@ -156,13 +157,14 @@ class Uploads:
 class _Session:
     """One upload: the bytes received so far, and what is to become of them.
 
-    `query` is that of the request that began it: its preconditions and `fields` still hold at the
-    end. `finished` is the answer to the last PUT, for clients that ask again.
+    `query` and `field_tree` are those of the request that began it: they still hold at the end.
+    `finished` is the answer to the last PUT, for clients that ask again.
     """
 
     bucket: str
     new: NewObject
     query: Mapping[str, str]
+    field_tree: Tree
     body: Body
     declared_size: int | None
     transfer: "_SessionWrite | None" = None

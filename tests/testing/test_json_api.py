@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 from typing import Any
 from urllib.parse import quote
@@ -248,6 +249,31 @@ def test_preconditions_hold_on_reads(call: Any, query: str, status: int) -> None
 
 
 @pytest.mark.parametrize(
+    ("header", "etag", "read", "deleted"),
+    [
+        ("If-None-Match", "{etag}", 304, 412),
+        ("If-None-Match", '"other", W/"{etag}"', 304, 412),
+        ("If-None-Match", "*", 304, 412),
+        ("If-None-Match", '"other"', 200, 204),
+        ("If-Match", "{etag}", 200, 204),
+        ("If-Match", '"other"', 412, 412),
+    ],
+)
+def test_etags_are_preconditions(
+    call: Any, header: str, etag: str, read: int, deleted: int
+) -> None:
+    made = call.media("x", b"1").json
+    assert call.download("x").headers["etag"] == made["etag"]
+    headers = {header: etag.format(etag=made["etag"])}
+    for path in ("/storage/v1/b/demo/o/x", made["mediaLink"]):
+        assert call("GET", path, None, headers).status == read
+    bucket = call("GET", "/storage/v1/b/demo").json["etag"]
+    headers_of_bucket = {header: etag.format(etag=bucket)}
+    assert call("GET", "/storage/v1/b/demo", None, headers_of_bucket).status == read
+    assert call("DELETE", "/storage/v1/b/demo/o/x", None, headers).status == deleted
+
+
+@pytest.mark.parametrize(
     ("query", "status"),
     [
         ("ifGenerationMatch={g}", 204),
@@ -297,9 +323,53 @@ def test_a_bucket_is_created_once_and_deleted_when_empty(call: Any) -> None:
     assert [b["name"] for b in call("GET", "/storage/v1/b?project=p").json["items"]] == ["demo"]
 
 
-@pytest.mark.parametrize("name", ["", "ab", "UPPER", "-x-", "a..b", "../etc", "a/b", "x" * 300])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["", "ab", "UPPER", "-x-", "a..b", "../etc", "a/b", "x" * 64, "a." + "x" * 64],
+        *["a.b." * 55 + "abc", "192.168.5.4", "goog-x", "my-google-data", "my-g00gle", "é-x"],
+    ],
+)
 def test_an_illegal_bucket_name_is_400(call: Any, name: str) -> None:
     assert call("POST", "/storage/v1/b?project=p", {"name": name}).status == 400
+
+
+@pytest.mark.parametrize(
+    "name", ["abc", "a_b-c", "x" * 63, "data.example.com", "1.2.3", "1" * 9, "a." + "x" * 63]
+)
+def test_a_legal_bucket_name_is_taken(call: Any, name: str) -> None:
+    assert call("POST", "/storage/v1/b?project=p", {"name": name}).json["name"] == name
+
+
+@pytest.mark.parametrize(
+    ("given", "location", "kind"),
+    [
+        ({}, "US", "multi-region"),
+        ({"location": "eu"}, "EU", "multi-region"),
+        ({"location": "europe-west3"}, "EUROPE-WEST3", "region"),
+        ({"location": "nam4"}, "NAM4", "dual-region"),
+        (
+            {
+                "location": "us",
+                "customPlacementConfig": {"dataLocations": ["US-EAST1", "US-WEST1"]},
+            },
+            "US",
+            "dual-region",
+        ),
+    ],
+)
+def test_a_bucket_lies_where_it_was_created(
+    call: Any, given: dict[str, Any], location: str, kind: str
+) -> None:
+    made = call("POST", "/storage/v1/b?project=p", {"name": "placed", **given}).json
+    kept = call("PUT", "/storage/v1/b/placed", {"location": "asia", "labels": {"a": "b"}}).json
+    for bucket in (made, kept):
+        assert (bucket["location"], bucket["locationType"]) == (location, kind)
+
+
+def test_a_bucket_in_no_place_is_400(call: Any) -> None:
+    made = call("POST", "/storage/v1/b?project=p", {"name": "placed", "location": "moon"})
+    assert made.status == 400
 
 
 def test_lifecycle_rules_are_kept_on_the_bucket(call: Any) -> None:
@@ -364,6 +434,22 @@ def test_an_encoded_slash_is_part_of_the_name_and_a_bare_one_is_not(call: Any) -
     call.media("a/b", b"data")
     assert call("GET", "/storage/v1/b/demo/o/a%2Fb").status == 200
     assert call("GET", "/storage/v1/b/demo/o/a/b").status == 404
+
+
+@pytest.mark.parametrize("fields", ["size,crc32", "items(name)", "name,", "name(", "(", "a/", ","])
+def test_bad_fields_are_400_before_anything_is_done(call: Any, fields: str) -> None:
+    query = f"&fields={fields}"
+    assert call.media("x", b"data", query).reason == "invalidParameter"
+    assert call.multipart({"name": "x"}, b"data", query).status == 400
+    assert call.resumable({"name": "x"}, query).status == 400
+    assert call("POST", f"/storage/v1/b?project=p{query}", {"name": "other"}).status == 400
+    assert not call.server.objects("demo")
+    call.media("x", b"data")
+    assert call("DELETE", f"/storage/v1/b/demo/o/x?fields={fields}").status == 400
+    assert call("GET", f"/storage/v1/b/demo/o/x?fields={fields}").status == 400
+    assert call("GET", "/storage/v1/b/demo/o?fields=size").status == 400
+    assert call("GET", "/storage/v1/b/demo/o?fields=items(sice)").status == 400
+    assert list(call.server.objects("demo")) == ["x"]
 
 
 def test_fields_select_a_part_of_the_answer(call: Any) -> None:
@@ -438,6 +524,31 @@ def test_settings_of_the_object_are_headers_of_a_download(call: Any) -> None:
     assert headers["content-disposition"] == 'inline; filename="a  b"'
     assert headers["x-goog-storage-class"] == "NEARLINE"
     assert headers["content-type"] == "text/?"
+
+
+@pytest.mark.parametrize(
+    ("accepted", "settings", "unpacks"),
+    [
+        ("identity", {"contentEncoding": "gzip"}, True),
+        ("gzip, deflate", {"contentEncoding": "gzip"}, False),
+        ("identity", {"contentEncoding": "gzip", "cacheControl": "no-transform"}, False),
+        ("identity", {}, False),
+    ],
+)
+def test_gzip_is_unpacked_for_clients_that_do_not_accept_it(
+    call: Any, accepted: str, settings: dict[str, str], unpacks: bool
+) -> None:
+    stored = gzip.compress(b"data")
+    call.multipart({"name": "x", **settings}, stored)
+    answer = call.download("x", accept_encoding=accepted, range="bytes=0-1")
+    if unpacks:
+        assert (answer.status, answer.body) == (200, b"data")
+    else:
+        assert (answer.status, answer.body) == (206, stored[:2])
+    encoded = "contentEncoding" in settings
+    assert ("content-encoding" in answer.headers) == (encoded and not unpacks)
+    assert answer.headers["x-goog-stored-content-encoding"] == ("gzip" if encoded else "identity")
+    assert answer.headers["x-goog-hash"] == f"crc32c={crc32c(stored)},md5={md5(stored)}"
 
 
 def test_an_object_can_be_rewritten_onto_itself(call: Any) -> None:
@@ -515,8 +626,15 @@ def test_dialects_of_clients_are_understood(call: Any) -> None:
     for name in ("a/", "a/b"):
         call.media(name, b"")
     # google-cloud-storage writes booleans as Python does.
-    listing = "/storage/v1/b/demo/o?delimiter=/&includeTrailingDelimiter=True"
-    assert [item["name"] for item in call("GET", listing).json["items"]] == ["a/"]
-    zipped = call.media("z", b"", "&contentEncoding=gzip").json
-    assert zipped["contentEncoding"] == "gzip"
+    for yes, no in (("True", "False"), ("true", "false"), ("TRUE", "")):
+        listing = f"/storage/v1/b/demo/o?delimiter=/&includeTrailingDelimiter={yes}"
+        assert [item["name"] for item in call("GET", listing).json["items"]] == ["a/"]
+        listing = f"/storage/v1/b/demo/o?delimiter=/&includeTrailingDelimiter={no}"
+        assert "items" not in call("GET", f"{listing}&softDeleted={no}").json
+    for made in (
+        call.media("z", b"", "&contentEncoding=gzip"),
+        call.multipart({"name": "z"}, b"", "&contentEncoding=gzip"),
+        call("PUT", call.resumable({"name": "z"}, "&contentEncoding=gzip").headers["location"]),
+    ):
+        assert made.json["contentEncoding"] == "gzip"
     assert call("POST", "/storage/v1/b/demo/o/z/rewriteTo/b/demo/o/y", b"null").json["done"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from keras_remote_airflow.testing import StorageServer
+from keras_remote_airflow.testing import StorageServer, environment
 
 pytest_plugins = ["pytester"]
 
 USERS_TESTS = """
 import json, os, urllib.request
 import pytest
+from keras_remote_airflow.testing import environment
 
 def get(path):
     with urllib.request.urlopen(os.environ["STORAGE_EMULATOR_HOST"] + path) as answer:
@@ -28,7 +30,8 @@ def get(path):
 def test_bucket(gcs_bucket):
     assert get(f"/storage/v1/b/{gcs_bucket}")["name"] == gcs_bucket
     assert "items" not in get(f"/storage/v1/b/{gcs_bucket}/o")
-    assert "is_anonymous" in os.environ["AIRFLOW_CONN_GOOGLE_CLOUD_DEFAULT"]
+    expected = environment(os.environ["STORAGE_EMULATOR_HOST"])
+    assert {name: os.environ[name] for name in expected} == expected
 
 def test_server(gcs_server, gcs_bucket):
     gcs_server.put(gcs_bucket, "x", b"data")
@@ -83,14 +86,21 @@ def test_the_command_starts_a_server_and_prints_how_to_use_it(tmp_path: Path) ->
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            export, _, url = process.stdout.readline().strip().partition("=")
-            assert export == "export STORAGE_EMULATOR_HOST"
+            url = process.stdout.readline().strip().removeprefix("export STORAGE_EMULATOR_HOST=")
+            for name, value in list(environment(url).items())[1:]:
+                assert process.stdout.readline() == f"export {name}={shlex.quote(value)}\n"
             with urllib.request.urlopen(f"{url}/storage/v1/b") as answer:
                 assert [item["name"] for item in json.load(answer)["items"]] == ["demo", "two"]
         finally:
             process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
     assert sorted(os.listdir(tmp_path)) == ["demo", "two"]
+
+
+def test_the_documentation_shows_what_is_set() -> None:
+    page = Path(__file__).parents[2].joinpath("docs", "testing-your-dags.md").read_text("utf-8")
+    for name, value in environment("http://127.0.0.1:9023").items():
+        assert f"export {name}={shlex.quote(value)}\n" in page
 
 
 @pytest.mark.parametrize("options", [["--bucket", "NOT A BUCKET"], ["--host", "256.0.0.1"]])

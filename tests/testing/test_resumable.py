@@ -157,6 +157,8 @@ def test_dialects_of_clients_are_understood(call: Any) -> None:
     assert status.headers["range"] == f"bytes=0-{CHUNK - 1}"
     # Node sends the rest of an object without saying how much it is.
     assert put(call, session, b"rest", f"bytes {CHUNK}-*/*").json["size"] == str(CHUNK + 4)
+    assert put(call, begin(call), b"all", "bytes 0-*/*").json["size"] == "3"
+    assert put(call, begin(call), b"all", "bytes 0-*/3").json["size"] == "3"
 
 
 def test_a_cancelled_session_is_gone(call: Any) -> None:
