@@ -1,15 +1,14 @@
 """`@task.local_data`: a TaskFlow task whose data refs arrive as verified local paths."""
 
 import dataclasses
-import fcntl
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from typing import Any
+from uuid import uuid4
 
 from keras_remote_airflow._compat import (
     SIGTERM_RAISES,
@@ -21,15 +20,13 @@ from keras_remote_airflow._compat import (
 )
 from keras_remote_airflow.arguments import rendered_or_none, to_template
 from keras_remote_airflow.connection import connect
+from keras_remote_airflow.core.disk.destination import locked, partial_name, sweep
 from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.layout import cache_key_from_uri
 from keras_remote_airflow.core.refs import DataRef, is_data_ref, parse_data_ref
 from keras_remote_airflow.failures import permanent_errors_fail_the_task
 
 _log = logging.getLogger(__name__)
-
-# What the names of temporary directories begin with.
-_TEMPORARY = "keras-remote-task-"
 
 
 def local_data_task(
@@ -78,10 +75,10 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
     """What `@task.local_data` makes of a function.
 
     Args:
-        cache_dir: directory on the worker in which the data stays, each dataset in a directory
-            named by its content; later tasks on that worker reuse it, verified anew. None takes a
-            temporary directory for this run of the task alone; other tasks cannot use paths into
-            it. Templated.
+        cache_dir, cache_max_bytes: as for `materialize`: a directory on the worker where copies
+            stay, which later tasks verify and use, and how large it may become. None for both takes
+            a temporary directory for this run of the task alone; other tasks cannot use paths into
+            it. `cache_dir` is templated.
         gcp_conn_id, impersonation_chain, user_project: see `connection`. Templated.
     """
 
@@ -104,6 +101,7 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
         op_args: Any = None,
         op_kwargs: Any = None,
         cache_dir: str | os.PathLike[str] | XComArg | None = None,
+        cache_max_bytes: int | None = None,
         gcp_conn_id: str | XComArg = "google_cloud_default",
         impersonation_chain: str | Sequence[str] | XComArg | None = None,
         user_project: str | XComArg | None = None,
@@ -116,7 +114,8 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
         }
         super().__init__(**function, kwargs_to_upstream=function, **kwargs)
         # Any: the templates are rendered before `execute` reads these.
-        self.cache_dir: Any = to_template("cache_dir", cache_dir)
+        self.cache_dir = to_template("cache_dir", cache_dir)
+        self.cache_max_bytes = cache_max_bytes
         self.gcp_conn_id: Any = gcp_conn_id
         self.impersonation_chain: Any = impersonation_chain
         self.user_project: Any = user_project
@@ -127,8 +126,9 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
             with ExitStack() as stack:
                 with permanent_errors_fail_the_task():
                     cache_dir = rendered_or_none("cache_dir", self.cache_dir)
-                    folder = cache_dir or stack.enter_context(_temporary_directory())
-                    paths = PathsForRefs(self._fetcher(os.path.expanduser(folder)))
+                    if cache_dir is None and self.cache_max_bytes is None:
+                        cache_dir = stack.enter_context(_temporary_directory())
+                    paths = PathsForRefs(self._fetcher(cache_dir))
                     self.op_args = paths.put_into(self.op_args)
                     self.op_kwargs = paths.put_into(self.op_kwargs)
                     paths.warn_of_text()
@@ -145,7 +145,7 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
         if self._running and not SIGTERM_RAISES:
             raise SystemExit("killed")
 
-    def _fetcher(self, folder: str) -> Callable[[DataRef], str]:
+    def _fetcher(self, cache_dir: str | None) -> Callable[[DataRef], str]:
         client: Any = None
 
         def fetch(ref: DataRef) -> str:
@@ -155,8 +155,9 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
             if client is None:
                 client = connect(self.gcp_conn_id, self.impersonation_chain)
             return materialize(
-                dataclasses.replace(ref, mount_path=None),
-                cache_dir=folder,
+                ref,
+                cache_dir=cache_dir,
+                cache_max_bytes=self.cache_max_bytes,
                 client=client,
                 user_project=rendered_or_none("user_project", self.user_project),
             )
@@ -166,36 +167,11 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
 
 @contextmanager
 def _temporary_directory() -> Iterator[str]:
-    """Own a directory for one run of a task; remove those that killed runs have left.
-
-    A run locks its directory before it puts anything there, and the lock ends with its process. So
-    a directory that holds something and is not locked belongs to no run.
-    """
-    with os.scandir(tempfile.gettempdir()) as entries:
-        for entry in entries:
-            if entry.name.startswith(_TEMPORARY) and entry.is_dir(follow_symlinks=False):
-                _remove_unless_in_use(entry.path)
-    folder = tempfile.mkdtemp(prefix=_TEMPORARY)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):  # there are file systems without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    """Own a directory until the process ends at the latest; remove what killed tasks have left."""
+    base = tempfile.gettempdir()
+    sweep(base)
+    with locked(os.path.join(base, partial_name(uuid4().hex))) as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
-
-
-def _remove_unless_in_use(folder: str) -> None:
-    with suppress(OSError):  # another user's, in use, or removed meanwhile
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.listdir(descriptor):
-                shutil.rmtree(folder)
-                _log.info("Removed what a killed task left: %s", folder)
-        finally:
-            os.close(descriptor)
 
 
 class PathsForRefs:

@@ -13,6 +13,7 @@ import pytest
 
 from keras_remote_airflow import Data, upload_data
 from keras_remote_airflow._compat import SIGTERM_RAISES, AirflowFailException
+from keras_remote_airflow.core.disk.destination import partial_name
 from keras_remote_airflow.core.refs import make_data_ref, parse_data_ref
 from keras_remote_airflow.decorators import LocalDataOperator, PathsForRefs, local_data_task
 
@@ -161,16 +162,26 @@ def test_a_long_range_is_not_unrolled(paths):
 
 
 def test_what_a_killed_task_left_is_removed_by_the_next(call, uploaded, tmp_path):
-    left, in_use = (tmp_path / "tmp" / f"keras-remote-task-{name}" for name in ("left", "in-use"))
+    left, in_use = (tmp_path / "tmp" / partial_name(name) for name in ("left", "in use"))
     for folder in (left, in_use):
         (folder / "data").mkdir(parents=True)
     descriptor = os.open(in_use, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        _, remaining = call(task(lambda path: os.listdir(path), uploaded))
+        found, remaining = call(task(os.listdir, uploaded))
     finally:
         os.close(descriptor)
+    assert sorted(found) == ["sub", "train.csv"]
     assert remaining == [in_use]
+
+
+def test_a_cache_keeps_what_was_used_last(call, gcs_server, tmp_path, uploaded):
+    cache = tmp_path / "cache"
+    (cache / ("0" * 64)).mkdir(parents=True)
+    (cache / ("0" * 64) / "old").write_bytes(b"123")
+    path, temporary = call(task(lambda path: path, uploaded, cache_dir=cache, cache_max_bytes=4))
+    copies = [entry.name for entry in cache.iterdir() if not entry.name.startswith(".")]
+    assert (copies, temporary) == ([Path(path).name], [])
 
 
 def test_a_ref_that_occurs_twice_is_fetched_once(paths):
@@ -230,13 +241,10 @@ def test_the_connection_is_left_alone_without_refs(call, gcs_server):
     assert call(operator) == ("no ref", [])
 
 
-def test_an_unusable_dest_fails_the_task_for_good(call, uploaded, tmp_path):
-    taken = tmp_path / "dest" / uploaded["gcs_uri"].rpartition("/")[2]
-    taken.mkdir(parents=True)
-    (taken / "mine.txt").write_text("precious")
-    with pytest.raises(AirflowFailException, match="holds something else"):
-        call(task(lambda path: path, uploaded, cache_dir=str(tmp_path / "dest")))
-    assert (taken / "mine.txt").read_text() == "precious"
+def test_an_unusable_cache_fails_the_task_for_good(call, uploaded, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(AirflowFailException, match="cache_dir is not a directory"):
+        call(task(lambda path: path, uploaded, cache_dir=str(tmp_path / "file")))
 
 
 def test_constructing_it_leaves_its_arguments_alone():
@@ -309,5 +317,5 @@ def test_runs(run_dag, gcs_server, dataset, tmp_path):
     assert Data(kept).content_hash() == content_hash
 
     assert Path((dest / "killed").read_text()).is_relative_to(temporary)
-    left = [path for path in temporary.iterdir() if path.name.startswith("keras-remote-")]
+    left = [path for path in temporary.iterdir() if path.name.startswith(".keras-remote-")]
     assert left == [], "after success, failure and a kill"

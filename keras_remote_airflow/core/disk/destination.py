@@ -170,7 +170,8 @@ def locked(directory: str, wait: bool = True) -> Iterator[str]:
             yield directory
         finally:
             if is_at(descriptor, directory):
-                shutil.rmtree(directory)
+                # What something still writes to is left to the next run.
+                shutil.rmtree(directory, ignore_errors=True)
     finally:
         os.close(descriptor)
 
