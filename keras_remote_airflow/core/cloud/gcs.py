@@ -385,20 +385,16 @@ class GcsStore:
         self._transport.run(self._concurrently(objects, one))
 
     async def _fetch(self, wanted: ObjectToFetch, transit: Transit) -> None:
-        name, size, *_ = wanted.info
-        generation = None if wanted.info.generation is None else str(wanted.info.generation)
+        name, size, _, generation, _ = wanted.info
         uri = self._uri(name)
+        version = {} if generation is None else {"generation": generation}
+        url = self._object(name, alt="media", **version)
         with Sink(wanted, uri) as sink:
 
             async def attempt() -> None:
-                nonlocal generation
                 headers = {"Range": f"bytes={sink.size}-"} if sink.size else {}
-                version = {} if generation is None else {"generation": generation}
                 async with self._transport.request(
-                    "GET",
-                    self._object(name, alt="media", **version),
-                    expected=(200, 206, 404, 416),
-                    headers=headers,
+                    "GET", url, expected=(200, 206, 404, 416), headers=headers
                 ) as answer:
                     if answer.status == 416:
                         sink.restart()
@@ -413,8 +409,6 @@ class GcsStore:
                         sink.restart()
                         if wanted.info.crc32c is None:
                             sink.crc32c = _crc32c_of(answer)
-                    if generation is None:
-                        generation = answer.headers.get("x-goog-generation")
                     async for piece in answer.body:
                         sink.add(piece)
                         if sink.size > CHUNK_BYTES:

@@ -13,15 +13,13 @@ Credentials and endpoint come from the google-cloud-storage client. Its own uplo
 import asyncio
 import os
 import resource
-import ssl
 import threading
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import asynccontextmanager, suppress
-from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 from urllib.parse import quote
 
 import aiohttp
@@ -31,13 +29,13 @@ from yarl import URL
 from keras_remote_airflow.core.cloud.credentials import AccessTokens
 from keras_remote_airflow.core.cloud.limiter import Limiter
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
-from keras_remote_airflow.core.cloud.retry import (
-    RETRYABLE,
-    RefusedError,
-    Retrier,
-    RetryableError,
-    failure,
+from keras_remote_airflow.core.cloud.proxy import (
+    find_proxy,
+    is_from_proxy,
+    proxy_refusal,
+    trusted,
 )
+from keras_remote_airflow.core.cloud.retry import RefusedError, Retrier, RetryableError, failure
 from keras_remote_airflow.core.errors import StoreError
 from keras_remote_airflow.core.threads import Threads
 
@@ -178,9 +176,9 @@ class Transport:
         )
 
     async def _open(self) -> None:
-        self._proxy = _proxy(self._endpoint)
+        self._proxy = find_proxy(self._endpoint)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=_tls(self._endpoint, self._proxy)),
+            connector=aiohttp.TCPConnector(limit=0, ssl=trusted(self._endpoint, self._proxy)),
             cookie_jar=aiohttp.DummyCookieJar(),
             # `request` watches over what comes after the connection is there. aiohttp's own timeout
             # of reading begins only when the body is sent.
@@ -304,7 +302,7 @@ class Transport:
         if response.headers.get("Content-Encoding") == "gzip":
             with suppress(zlib.error):
                 body = zlib.decompressobj(_GZIP).decompress(body, _ERROR_BYTES)
-        if _is_the_proxys(response, body):
+        if is_from_proxy(response.status, response.headers, body):
             return proxy_refusal(response.status, response.reason or "", self._proxy)
         error = failure(response.status, body, response.headers.get("Retry-After", ""))
         if response.status == 401 and self._tokens.renew(headers):
@@ -383,86 +381,3 @@ def _headers(client_info: Any, extra: Mapping[str, str] | None) -> CIMultiDict[s
     # not the ones that size and CRC32C describe.
     headers["Accept-Encoding"] = "gzip"
     return headers
-
-
-def _is_the_proxys(response: aiohttp.ClientResponse, body: bytes) -> bool:
-    """Tell whether a refusal comes from a proxy or a firewall and not from Cloud Storage."""
-    if response.status != 403:
-        return response.status == 407
-    # Cloud Storage refuses in JSON; a download in words, which name the permission.
-    in_its_words = body.lstrip().startswith(b"{") and b'"error"' in body
-    in_its_words = in_its_words or b"storage.objects." in body
-    headers = (name.lower() for name in response.headers)
-    return not (in_its_words or any(n.startswith(("x-goog-", "x-guploader-")) for n in headers))
-
-
-def proxy_refusal(status: int, reason: str, proxy: str | None) -> RetryableError | RefusedError:
-    """Return the error for a proxy's own answer to a request.
-
-    Args:
-        status: the HTTP status.
-        reason: the words beside it.
-        proxy: URL of the proxy, if the environment names one.
-    """
-    name = f"the proxy {_without_password(proxy)}" if proxy else "a proxy or firewall on the way"
-    if status == 407:
-        remedy = "Put name and password into HTTPS_PROXY: http://NAME:PASSWORD@HOST:PORT."
-    else:
-        remedy = "Have it allow Cloud Storage, or go round it with NO_PROXY."
-    error = RefusedError(f"{name} refused the request (HTTP {status} {reason})", status, remedy)
-    return RetryableError(str(error), status) if status in RETRYABLE else error
-
-
-def _without_password(url: str) -> str:
-    return url.rpartition("@")[2].rpartition("://")[2].rstrip("/")
-
-
-def _proxy(url: str) -> str | None:
-    """Return the proxy that the environment names for `url`, as the requests library reads it.
-
-    Asked once: aiohttp's own `trust_env` asks for every request, in a thread, which costs more
-    than the request.
-    """
-    from requests.utils import get_environ_proxies, select_proxy
-
-    proxy = select_proxy(url, get_environ_proxies(url))
-    if not proxy:
-        return None
-    if "://" not in proxy:
-        proxy = f"http://{proxy}"
-    if not proxy.startswith(("http://", "https://")):
-        scheme = proxy.partition("://")[0]
-        raise StoreError(
-            f"the environment names a {scheme} proxy for {url}: only HTTP proxies can be used. Set "
-            "HTTPS_PROXY to one, or exempt the host with NO_PROXY."
-        )
-    return proxy
-
-
-def _tls(*urls: str | None) -> ssl.SSLContext | Literal[True]:
-    """Return what to trust at `urls`: the system's authorities, and those that requests trusts.
-
-    So that a proxy that inspects traffic is trusted here as it is when tokens are fetched.
-    """
-    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-    if not bundle or not any(url and url.startswith("https://") for url in urls):
-        return True
-    return _trusting(bundle, os.path.getmtime(bundle) if os.path.exists(bundle) else 0.0)
-
-
-# Reading the certificates takes longer than a look into the cache of data. By its time of
-# modification a bundle that was replaced is read again.
-@lru_cache(1)
-def _trusting(bundle: str, _modified: float) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    try:
-        if os.path.isdir(bundle):
-            context.load_verify_locations(capath=bundle)
-        else:
-            context.load_verify_locations(cafile=bundle)
-    except OSError as exc:
-        raise StoreError(
-            f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names {bundle}, which cannot be used as CA "
-            f"certificates ({exc.strerror or exc}). Correct or unset it."
-        ) from exc
-    return context

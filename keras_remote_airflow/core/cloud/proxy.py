@@ -1,0 +1,98 @@
+"""The proxy between here and Cloud Storage: which one, whom to trust, what it refuses."""
+
+import os
+import ssl
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Literal
+
+from yarl import URL
+
+from keras_remote_airflow.core.cloud.retry import RETRYABLE, RefusedError, RetryableError
+from keras_remote_airflow.core.errors import StoreError
+
+
+def find_proxy(url: str) -> str | None:
+    """Return the proxy that the environment names for `url`, as the requests library reads it.
+
+    Asked once: aiohttp's own `trust_env` asks for every request, in a thread, which costs more
+    than the request.
+    """
+    from requests.utils import get_environ_proxies, select_proxy
+
+    proxy = select_proxy(url, get_environ_proxies(url))
+    if not proxy:
+        return None
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if not proxy.startswith(("http://", "https://")):
+        scheme = proxy.partition("://")[0]
+        raise StoreError(
+            f"the environment names a {scheme} proxy for {url}: only HTTP proxies can be used. Set "
+            "HTTPS_PROXY to one, or exempt the host with NO_PROXY."
+        )
+    return proxy
+
+
+def trusted(*urls: str | None) -> ssl.SSLContext | Literal[True]:
+    """Return what to trust at `urls`: the system's authorities, and those that requests trusts.
+
+    So that a proxy that inspects traffic is trusted here as it is when tokens are fetched.
+    """
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    if not bundle or not any(url and url.startswith("https://") for url in urls):
+        return True
+    return _trusting(bundle, os.path.getmtime(bundle) if os.path.exists(bundle) else 0.0)
+
+
+# Reading the certificates takes longer than a look into the cache of data. By its time of
+# modification a bundle that was replaced is read again.
+@lru_cache(1)
+def _trusting(bundle: str, _modified: float) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    try:
+        if os.path.isdir(bundle):
+            context.load_verify_locations(capath=bundle)
+        else:
+            context.load_verify_locations(cafile=bundle)
+    except OSError as exc:
+        raise StoreError(
+            f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names {bundle}, which cannot be used as CA "
+            f"certificates ({exc.strerror or exc}). Correct or unset it."
+        ) from exc
+    return context
+
+
+def is_from_proxy(status: int, headers: Iterable[str], body: bytes) -> bool:
+    """Tell whether a refusal comes from a proxy or a firewall, and not from Cloud Storage.
+
+    Args:
+        status: the HTTP status.
+        headers: names of the answer's headers.
+        body: the beginning of its body.
+    """
+    if status != 403:
+        return status == 407
+    # Cloud Storage refuses in JSON; a download in words, which name the permission.
+    if (body.lstrip().startswith(b"{") and b'"error"' in body) or b"storage.objects." in body:
+        return False
+    return not any(name.lower().startswith(("x-goog-", "x-guploader-")) for name in headers)
+
+
+def proxy_refusal(status: int, reason: str, proxy: str | None) -> RetryableError | RefusedError:
+    """Return the error for a proxy's own answer to a request.
+
+    Args:
+        status: the HTTP status.
+        reason: the words beside it.
+        proxy: URL of the proxy, if the environment names one; its password is not told.
+    """
+    name = "a proxy or firewall on the way"
+    if proxy:
+        name = f"the proxy {URL(proxy).host}:{URL(proxy).port}"
+    if status == 407:
+        remedy = "Put name and password into HTTPS_PROXY: http://NAME:PASSWORD@HOST:PORT."
+    else:
+        remedy = "Have it allow Cloud Storage, or go round it with NO_PROXY."
+    error = RefusedError(f"{name} refused the request (HTTP {status} {reason})", status, remedy)
+    return RetryableError(str(error), status) if status in RETRYABLE else error
