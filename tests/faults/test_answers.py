@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from faultkit import (
+    BIG,
     BUCKET,
     FAST,
     Tap,
@@ -163,6 +164,40 @@ def test_objects_stored_in_gzip_arrive_as_they_are_stored(
     server.play(**PLAYS[play])
     dest = do_materialize(server.url, f"gs://{BUCKET}/logs", str(tmp_path / "back"))
     assert read_tree(dest) == {"text.gz": packed}
+
+
+def test_errors_in_compressed_json_are_understood(server: StorageServer, client: Any) -> None:
+    server.play(compresses_json=True)
+    with pytest.raises(StoreError, match="no-such-bucket") as raised:
+        find("no-such-bucket", "0" * 64, client=client, retry=FAST)
+    assert raised.value.status == 404
+    server.deny("list")
+    with pytest.raises(StoreError, match=r"403.*storage\.objects\.list"):
+        list_source(f"gs://{BUCKET}/x/", client=client, retry=FAST)
+
+
+SESSION_RANGES = {
+    "garbage": "bytes=0-x",
+    "whole file": f"bytes=0-{BIG - 1}",
+    "too much": "0-99999999",
+}
+
+
+@pytest.mark.parametrize("received", SESSION_RANGES)
+def test_a_session_that_says_nonsense_is_left(
+    server: StorageServer, tmp_path: Path, received: str
+) -> None:
+    path = make_tree(tmp_path / "data", {"big": content(BIG)})
+    nonsense = {"Range": SESSION_RANGES[received]}
+    server.add_fault(Fault(method="PUT", action="drop_before", after_bytes=1 << 20))
+    server.add_fault(Fault(method="PUT", nth=2, status=308, headers=nonsense))
+    if received == "garbage":
+        with pytest.raises(StoreError, match="bytes=0-x"):
+            do_upload(server.url, path)
+        assert published(server) == {}
+    else:
+        assert do_upload(server.url, path).uploaded_files == 1
+        assert len(published(server)) == 1
 
 
 # A server that checks nothing, and one that answers 412 to bytes that are not the declared ones.

@@ -288,7 +288,7 @@ class Transport:
                     if response.status not in expected:
                         raise await self._failure(response, headers)
                     body = _watched(response.content.iter_chunked(_READ_BYTES), moved)
-                    if _is_compressed_on_the_way(response.headers, url):
+                    if _is_compressed_on_the_way(response, url):
                         body = _decompressed(body)
                     yield Answer(response.status, response.headers, body)
             except aiohttp.ClientHttpProxyError as exc:  # the answer to CONNECT
@@ -360,11 +360,12 @@ async def _decompressed(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         raise RetryableError("the compressed answer ends too early")
 
 
-def _is_compressed_on_the_way(headers: Mapping[str, str], url: str) -> bool:
+def _is_compressed_on_the_way(response: aiohttp.ClientResponse, url: str) -> bool:
     """Tell whether a body has to be decompressed: it is JSON, or an object that isn't stored so."""
-    if headers.get("Content-Encoding") != "gzip":
+    if response.headers.get("Content-Encoding") != "gzip":
         return False
-    return "alt=media" not in url or headers.get("X-Goog-Stored-Content-Encoding") == "identity"
+    is_object = "alt=media" in url and response.status in (200, 206)
+    return not is_object or response.headers.get("X-Goog-Stored-Content-Encoding") == "identity"
 
 
 def _headers(client_info: Any, extra: Mapping[str, str] | None) -> CIMultiDict[str]:
