@@ -28,7 +28,7 @@ class NoAirflow:
 sys.meta_path.insert(0, NoAirflow())
 runpy.run_module("keras_remote_airflow", run_name="__main__", alter_sys=True)
 """
-FILES = {"train.csv": b"t", "sub/eval.csv": b"e"}
+FILES = {"train.csv": b"t", "sub/éval.csv": b"e"}
 
 
 def get_in_a_process(*args, program=("-m", "keras_remote_airflow"), **env):
@@ -77,7 +77,7 @@ def test_prints_the_path_and_nothing_else(get, ref, tmp_path, way):
         "stdin": lambda: get("-", dest, stdin=io.StringIO(text + "\n")),
         "variable": lambda: get(dest, ref=text),
         "repr": lambda: get(repr(ref), dest),
-        "uri": lambda: get(ref["gcs_uri"], dest, "--dir"),
+        "uri": lambda: get(ref["gcs_uri"], dest),
         "option between": lambda: get(ref["gcs_uri"], "--dir", dest),
         "option first": lambda: get("--dir", ref["gcs_uri"], dest),
     }[way]()
@@ -86,9 +86,13 @@ def test_prints_the_path_and_nothing_else(get, ref, tmp_path, way):
 
 
 def test_process_prints_the_path_alone_and_logs_to_stderr(ref, tmp_path):
-    done = get_in_a_process(tmp_path / "dest", **{REF_VARIABLE: json.dumps(ref)})
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'dest'}\n"), done.stderr
+    # A locale without é: names are bytes.
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    dest = tmp_path / "dést"
+    done = get_in_a_process(dest, **{REF_VARIABLE: json.dumps(ref)}, **locale)
+    assert (done.returncode, done.stdout) == (0, f"{dest}\n"), done.stderr
     assert ref["gcs_uri"] in done.stderr
+    assert on_disk(dest) == FILES
 
 
 def test_runs_where_airflow_cannot_be_imported(ref, tmp_path):
@@ -100,6 +104,19 @@ def test_a_file_lands_in_dest_under_its_own_name(get, gcs_bucket, tree, tmp_path
     uri = upload_data(gcs_bucket, Data(str(tree(FILES) / "train.csv")))
     done = get(uri, "--file", tmp_path / "dest")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'dest' / 'train.csv'}\n")
+
+
+def test_another_dataset_is_replaced_only_if_that_is_asked_for(
+    get, ref, gcs_bucket, tree, tmp_path
+):
+    other = upload_data(gcs_bucket, Data(str(tree({"a": b"1"}, "other"))))
+    dest = tmp_path / "dest"
+    assert get(json.dumps(ref), dest, "--replace").returncode == 0
+    done = get(other, dest)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert on_disk(dest) == FILES
+    assert get(other, dest, "--replace").stdout == f"{dest}\n"
+    assert on_disk(dest) == {"a": b"1"}
 
 
 def test_without_dest_the_ref_decides(get, ref, tmp_path):
@@ -144,6 +161,7 @@ def test_the_environment_is_not_asked_when_a_ref_is_passed(get, ref, tmp_path):
         (("{}",), "{}"),
         (("no\nJSON",), r"'no\nJSON'"),
         (("gs://test-bucket/raw",), "gs://test-bucket/raw"),
+        (("gs://test-bucket/raw",), "--dir"),
         (("gs://UPPER/raw/",), "'UPPER'"),
         (('{"__data_ref__": true}', "--dir"), "--dir"),
         (('{"__data_ref__": true, "gcs_uri": "gs://abc"}',), "is_dir"),

@@ -1,7 +1,10 @@
 """A destination is filled under another name, by one process at a time."""
 
+import ctypes
+import errno
 import fcntl
 import os
+import subprocess
 import threading
 from contextlib import suppress
 
@@ -9,10 +12,15 @@ import pytest
 
 from keras_remote_airflow.core.disk.destination import (
     check_dest,
+    exchange,
+    is_mount_point,
     is_taken,
     locked,
     partial_name,
     put,
+    read_records,
+    sweep,
+    write_record,
 )
 from keras_remote_airflow.core.errors import InvalidInputError
 
@@ -24,15 +32,29 @@ def partial(tmp_path):
     return tmp_path / partial_name("final")
 
 
-@pytest.fixture(params=[pytest.param("flock", marks=needs_flock), "no flock"])
-def any_lock(request, monkeypatch):
-    if request.param == "no flock":
+def take_flock_away(monkeypatch, where):
+    """Play a system without flock, or a file system (Lustre, CIFS, FUSE) without it."""
+    if where == "no flock":
         monkeypatch.delattr(fcntl, "flock", raising=False)
+    elif where != "flock":
+        error = OSError(getattr(errno, where), os.strerror(getattr(errno, where)))
+        monkeypatch.setattr(fcntl, "flock", lambda *_: throw(error), raising=False)
 
 
-@pytest.fixture
-def no_flock(monkeypatch):
-    monkeypatch.delattr(fcntl, "flock", raising=False)
+def throw(error):
+    raise error
+
+
+@pytest.fixture(
+    params=[pytest.param("flock", marks=needs_flock), "no flock", "ENOSYS", "EOPNOTSUPP"]
+)
+def any_lock(request, monkeypatch):
+    take_flock_away(monkeypatch, request.param)
+
+
+@pytest.fixture(params=["no flock", "ENOSYS"])
+def no_flock(request, monkeypatch):
+    take_flock_away(monkeypatch, request.param)
 
 
 @pytest.mark.usefixtures("any_lock")
@@ -180,3 +202,121 @@ def test_an_empty_directory_hands_its_mode_on(tmp_path):
     assert put(str(tmp_path / "data"), str(tmp_path / "empty"))
     assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o750
     assert os.listdir(tmp_path) == ["empty"]
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+@needs_root
+@pytest.mark.usefixtures("any_lock")
+@pytest.mark.parametrize("kind", ["directory", "file", "link"])
+def test_what_another_user_put_there_is_stepped_round(partial, tmp_path, kind):
+    (tmp_path / "precious").mkdir()
+    if kind == "directory":
+        partial.mkdir()
+        partial.chmod(0o777)
+        (partial / "theirs").touch()
+    elif kind == "file":
+        partial.touch()
+    else:
+        partial.symlink_to(tmp_path / "precious")
+    os.chown(partial, 12345, 12345, follow_symlinks=False)
+    with locked(str(partial)) as used:
+        assert used != str(partial)
+        assert os.stat(used).st_uid == os.geteuid()
+        assert os.stat(used).st_mode & 0o777 == 0o700
+        assert os.path.dirname(used) == str(tmp_path)
+    sweep(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == sorted([partial.name, "precious"])
+    assert kind != "directory" or os.listdir(partial) == ["theirs"]
+
+
+@needs_flock
+def test_a_directory_of_ours_that_others_may_enter_is_closed_to_them(partial):
+    partial.mkdir()
+    partial.chmod(0o777)
+    with locked(str(partial)) as used:
+        assert used == str(partial)
+        assert partial.stat().st_mode & 0o777 == 0o700
+
+
+@needs_flock
+def test_sweeping_leaves_alone_what_a_process_holds(partial, tmp_path):
+    (tmp_path / partial_name("killed")).mkdir(0o700)
+    with locked(str(partial)):
+        sweep(str(tmp_path))
+        assert os.listdir(tmp_path) == [partial.name]
+
+
+@pytest.fixture(params=["one step", "two renames"])
+def any_exchange(request, monkeypatch):
+    if request.param == "two renames":
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+
+
+@pytest.mark.usefixtures("any_exchange")
+def test_directories_are_exchanged_and_the_old_one_goes(partial, tmp_path):
+    final = tmp_path / "final"
+    final.mkdir(0o750)
+    (final / "old").touch()
+    with locked(str(partial)):
+        (partial / "data").mkdir()
+        (partial / "data" / "new").touch()
+        assert not put(str(partial / "data"), str(final))
+        exchange(str(partial / "data"), str(final))
+    assert os.listdir(tmp_path) == ["final"]
+    assert os.listdir(final) == ["new"]
+    assert final.stat().st_mode & 0o777 == 0o750
+
+
+def test_exchange_that_fails_half_way_is_undone(partial, tmp_path, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+    (partial / "data").mkdir(parents=True)
+    (tmp_path / "final").mkdir()
+    rename = os.rename
+
+    def fail_once(source, target):
+        if str(source).endswith("data"):
+            raise OSError(errno.EIO, "a broken disk")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_once)
+    with pytest.raises(OSError, match="broken disk"):
+        exchange(str(partial / "data"), str(tmp_path / "final"))
+    assert (tmp_path / "final").is_dir()
+
+
+def test_record_is_on_the_directory_or_beside_it(tmp_path, monkeypatch):
+    for name in ("new", "final"):
+        (tmp_path / name).mkdir()
+    new, final = str(tmp_path / "new"), str(tmp_path / "final")
+    monkeypatch.setattr(
+        os, "setxattr", lambda *_: throw(OSError(errno.ENOTSUP, "no")), raising=False
+    )
+    write_record(new, final, "1", beside=False)
+    assert sorted(os.listdir(tmp_path)) == ["final", "new"]
+    assert read_records(final) == set()
+    for content_hash in "12":
+        write_record(new, final, content_hash, beside=True)
+    assert read_records(final) == {"1", "2"}
+    assert read_records(new) == set()
+    if os.geteuid() == 0:
+        [record] = set(os.listdir(tmp_path)) - {"final", "new"}
+        os.chown(tmp_path / record, 12345, 12345)
+        assert read_records(final) == set()
+
+
+@needs_root
+def test_mount_of_a_directory_of_the_same_file_system_is_noticed(tmp_path):
+    source, place = tmp_path / "source", tmp_path / "a place\\ here"
+    for folder in (source, place):
+        folder.mkdir()
+    assert not is_mount_point(str(place))
+    mount = ["mount", "--bind", str(source), str(place)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        assert is_mount_point(str(place))
+        assert not os.path.ismount(place), "else this test shows nothing"
+    finally:
+        subprocess.run(["umount", str(place)], check=True)

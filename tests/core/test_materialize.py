@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import pathlib
 import re
+import shutil
 import stat
 import tempfile
 import tracemalloc
@@ -84,7 +86,7 @@ def test_ref_may_be_text_or_parsed(directory, tmp_path, spell):
 def test_ref_of_kinetic_itself_is_understood(tree, gcs_bucket, tmp_path):
     result = upload(gcs_bucket, str(tree(FILES)), layout="kinetic")
     ref = {"__data_ref__": True, "uri": result.gcs_uri, "is_dir": True, "fuse": False}
-    assert on_disk(type(tmp_path)(materialize(ref, str(tmp_path / "out")))) == WANTED
+    assert on_disk(pathlib.Path(materialize(ref, str(tmp_path / "out")))) == WANTED
 
 
 def test_mount_path_is_the_default_destination(directory, single, tmp_path):
@@ -155,6 +157,9 @@ OTHER_CONTENTS = {
     "a changed file": lambda dest: (dest / "train.csv").write_text("T"),
     "an extra file": lambda dest: (dest / "extra").write_text(""),
     "a file less": lambda dest: (dest / "train.csv").unlink(),
+    # What a hash does not show. Readers that list the directories would see a class more.
+    "an empty directory": lambda dest: (dest / "sub" / "labels").mkdir(),
+    "a linked directory": lambda dest: (dest / "sub" / "more").symlink_to(dest.parent),
 }
 
 
@@ -170,6 +175,325 @@ def test_destination_that_holds_something_else_is_refused_and_untouched(director
     assert directory["gcs_uri"] in str(caught.value)
     assert on_disk(dest) == before
     assert sorted(os.listdir(tmp_path)) == ["data", "out"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [*OTHER_CONTENTS.values(), lambda copy: os.mkfifo(copy / "pipe")],
+    ids=[*OTHER_CONTENTS, "a FIFO"],
+)
+def test_copy_of_our_own_that_was_changed_is_downloaded_again(
+    directory, tmp_path, monkeypatch, spoil, caplog
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    copy = pathlib.Path(materialize(directory))
+    spoil(copy)
+    assert materialize(directory) == str(copy)
+    assert on_disk(copy) == WANTED
+    assert {path for path in copy.rglob("*") if path.is_dir()} == {
+        copy / "sub",
+        copy / "sub" / "deeper",
+    }
+    assert str(copy) in caplog.text
+    assert not list(copy.parent.glob("*.partial"))
+
+
+def test_file_of_our_own_that_was_changed_is_downloaded_again(single, tmp_path):
+    path = materialize(single, cache_dir=tmp_path / "cache")
+    for content in ("{}", ""):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(content)
+        assert materialize(single, cache_dir=tmp_path / "cache") == path
+        assert on_disk(tmp_path / "cache" / os.path.basename(os.path.dirname(path))) == {
+            "config.json": b'{"a":1}'
+        }
+
+
+# Another dataset in its place.
+
+
+@pytest.fixture
+def tomorrows(tree, gcs_bucket):
+    """The ref of what `directory` and `single` may be replaced with."""
+    root = tree({"train.csv": "T", "config.json": "{}"}, "tomorrow")
+    return {
+        True: make_data_ref(upload(gcs_bucket, str(root)).gcs_uri, True),
+        False: make_data_ref(upload(gcs_bucket, str(root / "config.json")).gcs_uri, False),
+    }
+
+
+@pytest.fixture(params=["attributes", "no attributes"])
+def any_record(request, monkeypatch):
+    if request.param == "no attributes":  # as on macOS
+        monkeypatch.delattr(os, "setxattr", raising=False)
+        monkeypatch.delattr(os, "getxattr", raising=False)
+
+
+@pytest.mark.usefixtures("any_record")
+def test_what_was_put_there_is_replaced_again_and_again(directory, tomorrows, tmp_path):
+    dest = tmp_path / "out"
+    for ref, wanted in [
+        (directory, WANTED),
+        (tomorrows[True], {"train.csv": b"T", "config.json": b"{}"}),
+        (directory, WANTED),
+        (directory, WANTED),
+    ]:
+        assert materialize(ref, dest, replace=True) == str(dest)
+        assert on_disk(dest) == wanted
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.usefixtures("any_record")
+def test_file_that_was_put_there_is_replaced(single, tomorrows, tmp_path):
+    dest = tmp_path / "out"
+    materialize(single, dest, replace=True)
+    (dest / "neighbour").write_text("mine")
+    materialize(tomorrows[False], dest, replace=True)
+    materialize(tomorrows[False], dest, replace=True)
+    left = {name: data for name, data in on_disk(dest).items() if not name.endswith(".record")}
+    assert left == {"config.json": b"{}", "neighbour": b"mine"}
+
+
+@pytest.mark.usefixtures("any_record")
+@pytest.mark.parametrize("spoil", OTHER_CONTENTS.values(), ids=OTHER_CONTENTS)
+def test_what_was_changed_since_is_not_replaced(directory, tomorrows, tmp_path, spoil, gcs_server):
+    dest = tmp_path / "out"
+    materialize(directory, dest, replace=True)
+    spoil(dest)
+    before = on_disk(dest)
+    gcs_server.clear_requests()
+    for ref in (tomorrows[True], directory):
+        with pytest.raises(InvalidInputError, match="changed") as caught:
+            materialize(ref, dest, replace=True)
+        assert str(dest) in str(caught.value)
+    assert on_disk(dest) == before
+    media = {r.object_name for r in gcs_server.requests if r.query.get("alt") == "media"}
+    assert not any("train.csv" in str(name) for name in media)
+
+
+def test_what_others_put_there_is_not_replaced(directory, single, tree, tmp_path):
+    dest = tree({"mine": "mine", "config.json": "mine"}, "out")
+    for ref in (directory, single):
+        with pytest.raises(InvalidInputError, match=str(dest)):
+            materialize(ref, dest, replace=True)
+    assert on_disk(dest) == {"mine": b"mine", "config.json": b"mine"}
+
+
+def test_what_changes_while_the_next_is_downloaded_is_not_replaced(directory, tomorrows, tmp_path):
+    dest = tmp_path / "out"
+    materialize(directory, dest)
+
+    def spoil(update):
+        if update.activity == "Downloading":
+            (dest / "precious").write_text("mine")
+
+    with pytest.raises(InvalidInputError, match="changed"):
+        materialize(tomorrows[True], dest, replace=True, progress=spoil)
+    assert on_disk(dest) == WANTED | {"precious": b"mine"}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_link_is_not_replaced(directory, tomorrows, tmp_path):
+    materialize(directory, tmp_path / "real")
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    with pytest.raises(InvalidInputError, match="link"):
+        materialize(tomorrows[True], tmp_path / "out", replace=True)
+    assert on_disk(tmp_path / "real") == WANTED
+
+
+def test_reader_of_what_is_replaced_keeps_what_it_has_opened(directory, tomorrows, tmp_path):
+    dest = tmp_path / "out"
+    materialize(directory, dest)
+    with (dest / "train.csv").open() as file:
+        materialize(tomorrows[True], dest, replace=True)
+        assert file.read() == "t"
+    assert (dest / "train.csv").read_text() == "T"
+
+
+# Places where this user may not do everything.
+
+
+@pytest.fixture
+def as_another_user():
+    """This process acts as user 1000 until the end; the value is a directory that it may enter."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can act as another user")
+    folder = tempfile.mkdtemp()
+    os.chmod(folder, 0o755)
+    yield pathlib.Path(folder)
+    os.seteuid(0)
+    shutil.rmtree(folder)
+
+
+def test_dest_whose_parent_is_not_writable_is_refused_with_a_way_out(directory, as_another_user):
+    dest = as_another_user / "mine"
+    dest.mkdir()
+    dest.chmod(0o777)
+    os.seteuid(1000)
+    with pytest.raises(InvalidInputError) as caught:
+        materialize(directory, dest)
+    for fact in (f"permission denied by {as_another_user},", f" {dest}.", f" {dest}/data"):
+        assert fact in str(caught.value)
+    assert on_disk(pathlib.Path(materialize(directory, dest / "data"))) == WANTED
+
+
+def test_dest_in_a_closed_directory_is_refused_and_the_directory_named(directory, as_another_user):
+    closed = as_another_user / "closed"
+    (closed / "sub").mkdir(parents=True)
+    closed.chmod(0o700)
+    os.seteuid(1000)
+    for ref_dest in (closed / "sub", closed / "sub" / "new", closed):
+        with pytest.raises(InvalidInputError, match=f"permission denied by {closed},"):
+            materialize(directory, ref_dest)
+
+
+def test_what_is_whole_is_used_without_a_write(directory, single, as_another_user):
+    dest = as_another_user / "shared"
+    cache = as_another_user / "cache"
+    paths = [
+        [materialize(ref, dest / str(ref["is_dir"])), materialize(ref, cache_dir=cache)]
+        for ref in (directory, single)
+    ]
+    for folder in (dest, cache):
+        folder.chmod(0o755)
+    os.seteuid(1000)
+    for ref, (there, copy) in zip((directory, single), paths, strict=True):
+        assert materialize(ref, dest / str(ref["is_dir"])) == there
+        assert materialize(ref, cache_dir=cache) == copy
+
+
+# A cache of copies.
+
+
+def test_cache_dir_goes_before_the_refs_mount_path(directory, tmp_path):
+    directory["mount_path"] = str(tmp_path / "mount")
+    name = directory["gcs_uri"].rpartition("/")[2]
+    assert materialize(directory, cache_dir=tmp_path) == str(tmp_path / name)
+
+
+def test_copies_that_no_process_uses_make_room(directory, single, tmp_path):
+    cache = tmp_path / "cache"
+    old = cache / ("0" * 64)
+    old.mkdir(parents=True)
+    (old / "file").write_bytes(bytes(500_000))
+    kept = materialize(directory, cache_dir=cache)
+    assert old.exists()
+    path = materialize(single, cache_dir=cache, cache_max_bytes=400_000)
+    assert not old.exists()
+    materialize(single, cache_dir=cache, cache_max_bytes=0)
+    assert on_disk(pathlib.Path(kept)) == WANTED  # this process uses it
+    assert os.path.exists(path)
+
+
+def test_room_is_made_before_the_download(directory, tmp_path):
+    old = tmp_path / ("0" * 64)
+    old.mkdir()
+    (old / "file").write_bytes(bytes(500_000))
+    seen = []
+
+    def look(update):
+        if update.activity == "Downloading":
+            seen.append(old.exists())
+
+    materialize(directory, cache_dir=tmp_path, cache_max_bytes=500_000, progress=look)
+    assert set(seen) == {False}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [
+        ({"dest": "out", "cache_dir": "cache"}, "dest"),
+        ({"dest": "out", "cache_max_bytes": 5}, "cache_max_bytes"),
+        ({"cache_max_bytes": -1}, "-1"),
+        ({"cache_max_bytes": "1 GB"}, "1 GB"),
+        ({"cache_max_bytes": True}, "True"),
+        ({"cache_dir": ""}, "cache_dir"),
+        ({"cache_dir": __file__}, __file__),
+        ({"dest": ""}, "''"),
+        ({"dest": b"out"}, "b'out'"),
+        ({"dest": "nul\0byte"}, "nul"),
+        ({"dest": f"{__file__}/inside"}, f"{__file__}/inside"),
+        ({"dest": "."}, "current directory"),
+        ({"dest": ".."}, "current directory"),
+        ({"dest": "/"}, ": /."),
+        ({"dest": "here"}, "link"),
+        ({"dest": "link"}, "link"),
+        ({"dest": "loop"}, "loop"),
+        ({"dest": "long" * 64}, "longlong"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_refused_before_anything_is_read_or_requested(
+    directory, tmp_path, monkeypatch, gcs_server, arguments, fact
+):
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (here / "link").symlink_to(tmp_path / "empty")
+    (here / "loop").symlink_to("loop")
+    (here / "here").symlink_to(here)
+    monkeypatch.chdir(here)
+    gcs_server.clear_requests()
+    with pytest.raises(InvalidInputError, match=re.escape(fact)):
+        materialize(directory, progress=lambda _: pytest.fail("read"), **arguments)
+    assert gcs_server.requests == []
+    assert sorted(os.listdir(here)) == ["file", "here", "link", "loop"]
+
+
+def test_directory_one_is_in_is_reused_if_it_is_the_dataset(directory, tmp_path, monkeypatch):
+    dest = materialize(directory, tmp_path / "out")
+    monkeypatch.chdir(f"{dest}/sub")
+    assert materialize(directory, dest) == dest
+    assert materialize(directory, "..") == dest
+
+
+# A URI instead of a ref.
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_marker_tells_what_a_uri_is(directory, single, tmp_path, slash):
+    whole = materialize(directory["gcs_uri"] + slash, tmp_path / "out")
+    assert on_disk(pathlib.Path(whole)) == WANTED
+    assert materialize(single["gcs_uri"] + slash, tmp_path) == str(tmp_path / "config.json")
+
+
+def test_uri_alone_is_enough_for_a_copy_in_the_cache(directory, tmp_path):
+    path = materialize(directory["gcs_uri"], cache_dir=tmp_path)
+    assert path == materialize(directory, cache_dir=tmp_path)
+
+
+def test_objects_tell_what_a_uri_is_where_the_marker_is_empty(
+    gcs_server, gcs_bucket, tmp_path, directory, single
+):
+    for ref in (directory, single):
+        [name] = [
+            n
+            for n in gcs_server.objects(gcs_bucket)
+            if "marker" in n and ref["gcs_uri"].rpartition("/")[2] in n
+        ]
+        gcs_server.put(gcs_bucket, name, b"")
+    assert on_disk(pathlib.Path(materialize(directory["gcs_uri"], tmp_path / "out"))) == WANTED
+    with pytest.raises(InvalidInputError, match=single["gcs_uri"]):
+        materialize(single["gcs_uri"], tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("uri", "error"),
+    [
+        ("gs://test-bucket/raw/", InvalidInputError),
+        ("gs://test-bucket/default/data-cache/", InvalidInputError),
+        ("gs://test-bucket/default/data-cache/" + "0" * 63, InvalidInputError),
+        ("gs://test-bucket/default/data-cache/" + "0" * 64 + "/train.csv", InvalidInputError),
+        ("gs://test-bucket/default/data-cache/" + "0" * 64, IntegrityError),
+    ],
+)
+def test_uri_that_is_no_dataset_is_said_so(gcs_server, tmp_path, uri, error):
+    gcs_server.clear_requests()
+    with pytest.raises(error, match=uri):
+        materialize(uri, tmp_path / "out")
+    assert not gcs_server.requests or error is IntegrityError
+    assert os.listdir(tmp_path) == []
 
 
 def test_file_of_that_name_with_other_bytes_is_refused_and_untouched(single, tmp_path):
@@ -447,8 +771,9 @@ def test_text_that_is_no_ref_is_refused_before_a_client_is_made(monkeypatch):
     from google.cloud import storage
 
     monkeypatch.setattr(storage, "Client", lambda **_: pytest.fail("a client was made"))
-    with pytest.raises(InvalidInputError, match="gs://bucket/data"):
-        materialize("gs://bucket/data")
+    for text in ("gs://bucket/data", "data"):
+        with pytest.raises(InvalidInputError, match=text):
+            materialize(text)
 
 
 def test_destination_that_is_a_file_is_refused_and_untouched(single, tmp_path):

@@ -28,7 +28,7 @@ from keras_remote_airflow.core.disk.destination import (
     locked,
     partial_name,
     put,
-    read_record,
+    read_records,
     unhashed,
     write_record,
 )
@@ -84,10 +84,11 @@ def materialize(
             its own name. None takes the ref's `mount_path` if neither `cache_dir` nor
             `cache_max_bytes` is given, else a directory in `cache_dir` named by the content. Data
             that is there already is verified and reused, without a write.
-        replace: whether another dataset may be replaced. Only what `materialize` itself put there,
-            and nothing has changed since, is; anything else is refused. Linux and macOS exchange
-            the directories in one step. On other systems, and where a file system cannot, a reader
-            finds nothing at `dest` for a moment.
+        replace: whether another dataset at `dest` may be replaced. Only what `materialize` itself
+            put there is, if nothing has changed since; anything else is refused. Where there are no
+            extended attributes to note that in (macOS, NFS before version 4.2), the first call has
+            to say replace=True, too. Linux and macOS exchange the directories in one step. On other
+            systems, and where a file system cannot, a reader finds nothing at `dest` for a moment.
         cache_dir: the directory for copies without a `dest`. None takes
             `keras-remote-data-{uid}` in the system's temporary directory. A copy there that was
             changed is downloaded anew.
@@ -197,7 +198,9 @@ class _Job:
         if ref.is_dir:
             final = target
             key = ref.cache_key
-            if is_around_cwd(final) and (key is None or read_record(final) != key.content_hash):
+            if is_around_cwd(final) and (
+                key is None or key.content_hash not in read_records(final)
+            ):
                 check_replaceable(final)
         else:
             final = os.path.join(target, system_path(self._source.single_name()))
@@ -230,9 +233,9 @@ class _Job:
                 "choose another dest, or remove it; replace=True replaces what materialize put "
                 f"there. Expected: {self._ref.gcs_uri}"
             )
-        record = read_record(final)
-        if record != content_hash or next(unhashed(final), None):
-            reason = "it was changed since" if record else "no record says so"
+        records = read_records(final)
+        if content_hash not in records or next(unhashed(final), None):
+            reason = "it was changed since" if records else "no record says so"
             raise InvalidInputError(
                 f"destination is not what materialize put there ({reason}), so it is not replaced: "
                 f"{final}. Choose another dest, or remove it."
@@ -287,7 +290,7 @@ class _Job:
                     f"Remove what is under {self._ref.gcs_uri}, marker included, and have the data "
                     "uploaded again."
                 )
-            write_record(whole, snapshot.content_hash)
+            write_record(whole, final, snapshot.content_hash, beside=self._replace)
             if not put(whole, final):
                 if self._cache is None and self._is_whole(final):
                     return False

@@ -65,12 +65,13 @@ def absolute_directory(directory: object, what: str) -> str:
         is_directory = stat.S_ISDIR(os.stat(path).st_mode)
     except FileNotFoundError:
         is_directory = not os.path.islink(path)
-    except NotADirectoryError as exc:
-        raise InvalidInputError(
-            f"{what} is inside a file: {path}. Choose a path whose parents are directories."
-        ) from exc
     except OSError as exc:
-        raise denied(path, exc) from exc
+        if exc.errno not in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise denied(path, exc) from exc
+        raise InvalidInputError(
+            f"{what} cannot be a directory ({exc.strerror}): {path}. Choose a path whose parents "
+            "are directories."
+        ) from exc
     if not is_directory:
         raise InvalidInputError(
             f"{what} is not a directory: {path}. Choose one, or a path that is not there."
@@ -147,8 +148,7 @@ def partial_name(final: str) -> str:
 
     No other file is likely to have it, and it is short however long the destination's own name is.
     """
-    name = os.path.basename(final).encode(errors="surrogateescape")
-    return f"{_PREFIX}{hashlib.sha256(name).hexdigest()[:16]}-{os.geteuid()}{_SUFFIX}"
+    return f"{_short_name(final)}-{os.geteuid()}{_SUFFIX}"
 
 
 @contextmanager
@@ -229,18 +229,30 @@ def is_at(descriptor: int, path: str) -> bool:
         return False
 
 
-def write_record(path: str, content_hash: str) -> None:
-    """Note on `path` that it is a copy of this content, where the file system can."""
-    with suppress(OSError, AttributeError):  # macOS has no os.setxattr
-        os.setxattr(path, _RECORD, content_hash.encode())
+def write_record(new: str, final: str, content_hash: str, *, beside: bool) -> None:
+    """Note that `new`, which is to be put at `final`, is a copy of this content.
 
-
-def read_record(path: str) -> str | None:
-    """Return the content hash that `write_record` noted on `path`, or None."""
+    The note is an extended attribute, which a rename takes along. Where there are none (macOS, NFS
+    before version 4.2), and if `beside` is true, it is a line in a file beside `final`.
+    """
     try:
-        return os.getxattr(path, _RECORD).decode(errors="replace")
+        os.setxattr(new, _RECORD, content_hash.encode())
     except (OSError, AttributeError):
-        return None
+        if beside:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(_record_file(final), flags, 0o600), "a") as file:
+                file.write(f"{content_hash}\n")
+
+
+def read_records(final: str) -> set[str]:
+    """Return the content hashes that `write_record` has noted for this path."""
+    found = set()
+    with suppress(OSError, AttributeError):
+        found.add(os.getxattr(final, _RECORD).decode(errors="replace"))
+    with suppress(OSError), open(_record_file(final), errors="replace") as file:
+        if os.fstat(file.fileno()).st_uid == os.geteuid():
+            found.update(file.read().split())
+    return found
 
 
 def unhashed(root: str) -> Iterator[str]:
@@ -258,6 +270,15 @@ def unhashed(root: str) -> Iterator[str]:
                 folders.append(name)
             elif entry.is_symlink() and entry.is_dir():
                 yield f"{name} is a linked directory"
+
+
+def _short_name(final: str) -> str:
+    name = os.path.basename(final).encode(errors="surrogateescape")
+    return f"{_PREFIX}{hashlib.sha256(name).hexdigest()[:16]}"
+
+
+def _record_file(final: str) -> str:
+    return os.path.join(os.path.dirname(final), f"{_short_name(final)}.record")
 
 
 def _is_link(path: str) -> InvalidInputError:
