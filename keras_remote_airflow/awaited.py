@@ -1,19 +1,17 @@
-"""The dataset that a sensor and its trigger wait for, and a method that looks once."""
+"""The dataset that a sensor and its trigger wait for, and how they look for it."""
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from keras_remote_airflow.connection import connect
-from keras_remote_airflow.core.errors import InvalidInputError, StoreError
-from keras_remote_airflow.core.layout import CacheKey, LayoutName, get_layout
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
+from keras_remote_airflow.core.errors import InvalidInputError
+from keras_remote_airflow.core.layout import CacheKey, get_layout
 from keras_remote_airflow.core.progress import format_bytes, format_files
 from keras_remote_airflow.core.refs import DataRef
 
 if TYPE_CHECKING:
-    from google.cloud.storage import Client
-
-    from keras_remote_airflow.core.datasets.lookup import Verify
+    from keras_remote_airflow.core.cloud.transport import Transport
 
 _log = logging.getLogger(__name__)
 
@@ -30,67 +28,55 @@ class AwaitedDataset:
         mount_path: passed on into the ref.
         verify: how much of the listing to look at: "page" (the first 1,000 objects) or "full".
         gcp_conn_id, impersonation_chain, user_project: see `connection`.
+        policy: when a look is given up. That takes seconds, because sensor and trigger look again.
 
     Raises:
-        InvalidInputError: the cache entry cannot exist, because one of its four parts is malformed.
+        InvalidInputError: the cache entry cannot exist, because one of its four parts is malformed;
+            or `verify` is unknown.
     """
 
     bucket_name: str
     content_hash: str
     namespace_prefix: str = "default"
-    layout: LayoutName = "keras_remote"
+    layout: str = "keras_remote"
     is_dir: bool | None = None
     mount_path: str | None = None
-    verify: "Verify" = "page"
+    verify: str = "page"
     gcp_conn_id: str = "google_cloud_default"
     impersonation_chain: str | list[str] | None = None
     user_project: str | None = None
 
-    def __post_init__(self) -> None:
-        self._key()
+    policy: ClassVar = RetryPolicy(deadline=5.0, maximum=2.0, stall_timeout=10.0)
 
-    def _key(self) -> CacheKey:
+    def __post_init__(self) -> None:
+        from keras_remote_airflow.core.datasets.lookup import check_verify
+
+        check_verify(self.verify)
+        _ = self.key
+
+    @property
+    def key(self) -> CacheKey:
+        """The cache entry."""
         layout = get_layout(self.layout)
         return CacheKey(self.bucket_name, self.namespace_prefix, self.content_hash, layout)
 
-    @property
-    def gcs_uri(self) -> str:
-        """Where the dataset will be."""
-        return self._key().gcs_uri
-
-    def connect(self) -> "Client":
-        """Return the client to look with; keep it for further looks."""
-        return connect(self.gcp_conn_id, self.impersonation_chain)
-
-    def look(self, client: "Client") -> DataRef | None:
+    async def look(self, transport: "Transport") -> DataRef | None:
         """Return the ref of the published dataset, or None while it is not there.
 
-        An outage of Cloud Storage counts as "not there": the next look may find it.
+        Args:
+            transport: the one on whose loop this runs: see its `run` and `arun`.
 
         Raises:
-            InvalidInputError: neither the marker nor `is_dir` says whether it is a directory, or
-                `verify` is unknown.
+            InvalidInputError: neither the marker nor `is_dir` says whether it is a directory.
             MarkerError: the marker cannot be read.
             ConflictError: there is more under the hash than the marker says.
-            StoreError: Cloud Storage refused.
+            StoreError: Cloud Storage refused, or did not answer in time.
         """
-        from keras_remote_airflow.core.datasets.lookup import find
+        from keras_remote_airflow.core.cloud.gcs import GcsStore
+        from keras_remote_airflow.core.datasets.lookup import look
 
-        try:
-            entry = find(
-                self.bucket_name,
-                self.content_hash,
-                namespace_prefix=self.namespace_prefix,
-                client=client,
-                layout=self.layout,
-                verify=self.verify,
-                user_project=self.user_project,
-            )
-        except StoreError as exc:
-            if not exc.transient:
-                raise
-            _log.warning("Could not look, will look again (%s): %s", exc, self.gcs_uri)
-            return None
+        key = self.key
+        entry = await look(GcsStore(key.bucket, transport), key, self.verify)
         if entry is None:
             return None
         is_dir = self.is_dir if entry.is_dir is None else entry.is_dir
@@ -99,11 +85,8 @@ class AwaitedDataset:
                 "pass is_dir=True or is_dir=False: the marker does not say whether the dataset is "
                 f"a directory or a single file: {entry.gcs_uri}"
             )
-        _log.info("Found %s: %s", _amount(entry.files, entry.bytes), entry.gcs_uri)
-        return DataRef(entry.gcs_uri, is_dir, self.mount_path, get_layout(self.layout))
-
-
-def _amount(files: int | None, total_bytes: int | None) -> str:
-    if files is None or total_bytes is None:
-        return "a dataset whose marker does not say how large it is"
-    return f"{format_files(files)} ({format_bytes(total_bytes)})"
+        amount = "a dataset whose marker does not say how large it is"
+        if entry.files is not None and entry.bytes is not None:
+            amount = f"{format_files(entry.files)} ({format_bytes(entry.bytes)})"
+        _log.info("Found %s: %s", amount, entry.gcs_uri)
+        return DataRef(entry.gcs_uri, is_dir, self.mount_path, key.layout)

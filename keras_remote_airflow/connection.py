@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from keras_remote_airflow._compat import make_gcs_hook
+from keras_remote_airflow.arguments import rendered, rendered_or_none
 
 if TYPE_CHECKING:
     from google.cloud.storage import Client
@@ -23,5 +24,10 @@ if TYPE_CHECKING:
 
 def connect(gcp_conn_id: str, impersonation_chain: str | Sequence[str] | None) -> "Client":
     """Return the Cloud Storage client that an Airflow connection stands for."""
-    hook = make_gcs_hook(gcp_conn_id=gcp_conn_id, impersonation_chain=impersonation_chain)
+    chain = impersonation_chain
+    if not isinstance(chain, Sequence) or isinstance(chain, str):
+        chain = rendered_or_none("impersonation_chain", chain)
+    hook = make_gcs_hook(
+        gcp_conn_id=rendered("gcp_conn_id", gcp_conn_id), impersonation_chain=chain
+    )
     return hook.get_conn()

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,18 @@ from keras_remote_airflow._compat import (
     conf,
     deferral_timed_out,
 )
+from keras_remote_airflow.arguments import (
+    check_mount_path,
+    rendered,
+    rendered_or_none,
+    to_template,
+)
 from keras_remote_airflow.awaited import AwaitedDataset
+from keras_remote_airflow.connection import connect
 from keras_remote_airflow.core.errors import InvalidInputError, StoreError
-from keras_remote_airflow.core.layout import KERAS_REMOTE
+from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey, get_layout
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref
-from keras_remote_airflow.failures import permanent_errors_fail_the_task
+from keras_remote_airflow.failures import is_outage, permanent_errors_fail_the_task
 from keras_remote_airflow.links import DatasetLink
 from keras_remote_airflow.triggers import CacheTrigger
 
@@ -97,10 +104,11 @@ class CacheSensor(BaseSensorOperator):
     ui_color = "#d2e3fc"
 
     # How much later than the trigger's own deadline Airflow ends a deferral. This is time for the
-    # trigger's last look, which `core` gives up after 120 s of failures.
+    # trigger's last look, which `CacheTrigger` gives up after a minute.
     deferral_margin = timedelta(minutes=5)
 
-    _looking: "tuple[AwaitedDataset, Client] | None" = None
+    _awaited: AwaitedDataset | None = None
+    _client: "Client | None" = None
 
     def __init__(
         self,
@@ -111,34 +119,35 @@ class CacheSensor(BaseSensorOperator):
         data_ref: dict[str, Any] | str | XComArg | None = None,
         namespace_prefix: str | XComArg = _DEFAULT_NAMESPACE,
         is_dir: bool | None = None,
-        mount_path: str | XComArg | None = None,
+        mount_path: "str | os.PathLike[str] | XComArg | None" = None,
         gcp_conn_id: str | XComArg = "google_cloud_default",
         impersonation_chain: str | Sequence[str] | XComArg | None = None,
         user_project: str | XComArg | None = None,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         layout: "LayoutName | XComArg" = KERAS_REMOTE.name,
         verify: "Verify | XComArg" = "page",
-        hash_index: str | XComArg | None = None,
+        hash_index: "str | os.PathLike[str] | XComArg | None" = None,
         multiple_outputs: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(multiple_outputs=multiple_outputs, **kwargs)
-        # Any: the templates are rendered before `execute` reads these.
-        self.bucket_name: Any = bucket_name
-        self.content_hash: Any = content_hash
-        self.data: Any = data
-        self.data_ref: Any = data_ref
-        self.namespace_prefix: Any = namespace_prefix
+        self.bucket_name = to_template("bucket_name", bucket_name)
+        self.content_hash = to_template("content_hash", content_hash)
+        self.data = to_template("data", data)
+        is_ref = isinstance(data_ref, dict)
+        self.data_ref: Any = data_ref if is_ref else to_template("data_ref", data_ref)
+        self.namespace_prefix = to_template("namespace_prefix", namespace_prefix)
         self.is_dir = is_dir
-        self.mount_path: Any = mount_path
-        self.gcp_conn_id: Any = gcp_conn_id
-        self.impersonation_chain: Any = impersonation_chain
-        self.user_project: Any = user_project
+        self.mount_path = to_template("mount_path", mount_path)
+        self.gcp_conn_id = to_template("gcp_conn_id", gcp_conn_id)
+        self.impersonation_chain: Any = impersonation_chain  # a list is one chain
+        self.user_project = to_template("user_project", user_project)
         self.deferrable = deferrable
-        self.layout: Any = layout
-        self.verify: Any = verify
-        self.hash_index: Any = hash_index
+        self.layout = to_template("layout", layout)
+        self.verify = to_template("verify", verify)
+        self.hash_index = to_template("hash_index", hash_index)
         self._check_arguments()
+        check_mount_path(layout, mount_path)
 
     if TYPE_CHECKING:
 
@@ -147,7 +156,7 @@ class CacheSensor(BaseSensorOperator):
             """The ref, for a call of another task: it passes for whatever type that declares."""
 
     def execute(self, context: Context) -> Any:
-        self._looking = None
+        self._awaited = self._client = None
         if not self.deferrable:
             return super().execute(context)
         try:
@@ -159,13 +168,14 @@ class CacheSensor(BaseSensorOperator):
         else:
             if found:
                 return found.xcom_value
-        awaited, _ = self._ready()
+        awaited = self._awaited
+        assert awaited  # noqa: S101 - `poke` has made it, or has raised what it says of it
         self.log.info(
             "Deferring for at most %s s, with a look every %s s (this needs a triggerer; without "
             "one, pass deferrable=False): %s",
             self.timeout,
             self.poke_interval,
-            awaited.gcs_uri,
+            awaited.key.gcs_uri,
         )
         self.defer(
             trigger=CacheTrigger(
@@ -183,14 +193,28 @@ class CacheSensor(BaseSensorOperator):
 
     def poke(self, context: Context) -> PokeReturnValue:  # noqa: ARG002 - Airflow's signature
         with self._soft_failures_skip(), permanent_errors_fail_the_task():
-            awaited, client = self._ready()
-            ref = awaited.look(client)
-        if ref is not None:
-            return PokeReturnValue(True, ref.to_dict())
-        if not self.deferrable:
+            ref = self._look()
+        return PokeReturnValue(ref is not None, ref and ref.to_dict())
+
+    def _look(self) -> DataRef | None:
+        from keras_remote_airflow.core.cloud.transport import Transport
+
+        # Both are kept for the other pokes of this execution.
+        awaited = self._awaited = self._awaited or self._make_awaited()
+        uri = awaited.key.gcs_uri
+        try:
+            self._client = self._client or connect(self.gcp_conn_id, self.impersonation_chain)
+            with Transport(self._client, awaited.policy, awaited.user_project) as transport:
+                ref = transport.run(awaited.look(transport))
+        except StoreError as exc:
+            if not is_outage(exc):
+                raise
+            self.log.warning("Could not look, will look again (%s): %s", exc, uri)
+            return None
+        if ref is None and not self.deferrable:
             # Airflow's own message after a timeout names neither hash nor bucket.
-            self.log.info("Not there yet: %s", awaited.gcs_uri)
-        return PokeReturnValue(False)
+            self.log.info("Not there yet: %s", uri)
+        return ref
 
     def execute_complete(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002 - Airflow's signature
         """Return the ref from the trigger's event, or raise what poke mode would have raised."""
@@ -245,27 +269,41 @@ class CacheSensor(BaseSensorOperator):
                 raise AirflowSkipException(f"Skipped instead of failed: {exc}") from exc
             raise
 
-    def _ready(self) -> "tuple[AwaitedDataset, Client]":
-        """Return what to look for and with what, found out once an execution."""
-        if self._looking is None:
-            awaited = self._make_awaited()
-            self._looking = awaited, awaited.connect()
-        return self._looking
-
     def _make_awaited(self) -> AwaitedDataset:
         self._check_arguments()  # again: a template may have rendered to None
-        given: dict[str, Any] = {
-            field.name: getattr(self, field.name) for field in fields(AwaitedDataset)
-        }
-        chain = self.impersonation_chain
-        given["impersonation_chain"] = chain if isinstance(chain, str | None) else list(chain)
+        layout = rendered("layout", self.layout)
+        mount_path = rendered_or_none("mount_path", self.mount_path)
+        check_mount_path(layout, mount_path)
         if self.data_ref is not None:
-            given |= self._fields_of_ref(parse_data_ref(self.data_ref))
-        elif self.data is not None:
-            given |= self._fields_of_data(self.data)
-        return AwaitedDataset(**given)
+            ref = parse_data_ref(self.data_ref)
+            key = self._key_of(ref)
+            mount_path = mount_path or ref.mount_path
+            is_dir: bool | None = ref.is_dir
+            if layout != KERAS_REMOTE.name:
+                key = replace(key, layout=get_layout(layout))
+        else:
+            bucket = rendered("bucket_name", self.bucket_name)
+            namespace = rendered("namespace_prefix", self.namespace_prefix)
+            if self.data is not None:
+                content_hash, is_dir = self._hash()
+            else:
+                content_hash, is_dir = rendered("content_hash", self.content_hash), self.is_dir
+            key = CacheKey(bucket, namespace, content_hash, get_layout(layout))
+        chain = self.impersonation_chain
+        return AwaitedDataset(
+            key.bucket,
+            key.content_hash,
+            key.namespace,
+            key.layout.name,
+            is_dir,
+            mount_path,
+            rendered("verify", self.verify),
+            rendered("gcp_conn_id", self.gcp_conn_id),
+            chain if isinstance(chain, str | None) else list(chain),
+            rendered_or_none("user_project", self.user_project),
+        )
 
-    def _fields_of_ref(self, ref: DataRef) -> dict[str, Any]:
+    def _key_of(self, ref: DataRef) -> CacheKey:
         key = ref.cache_key
         if key is None:
             raise self._wrong(
@@ -281,27 +319,20 @@ class CacheSensor(BaseSensorOperator):
                 raise self._wrong(
                     f"{name} is {given!r}, but data_ref names {ref.gcs_uri}: leave it out"
                 )
-        return {
-            "bucket_name": key.bucket,
-            "content_hash": key.content_hash,
-            "namespace_prefix": key.namespace,
-            "layout": ref.layout.name if self.layout == KERAS_REMOTE.name else self.layout,
-            "is_dir": ref.is_dir,
-            "mount_path": ref.mount_path if self.mount_path is None else self.mount_path,
-        }
+        return key
 
-    def _fields_of_data(self, data: "str | Data") -> dict[str, Any]:
-        from keras_remote_airflow.core.data import as_data
+    def _hash(self) -> tuple[str, bool]:
+        from keras_remote_airflow.core.data import Data
 
-        data = as_data(data)
+        data = self.data if isinstance(self.data, Data) else Data(rendered("data", self.data))
         if data.is_gcs:
             raise self._wrong(
                 f"data is {data.path}: only local data has a hash to wait for. Wait for its "
                 "objects with Google's own sensors"
             )
-        content_hash = data.content_hash(self.hash_index)
+        content_hash = data.content_hash(rendered_or_none("hash_index", self.hash_index))
         self.log.info("Hashed to %s: %s", content_hash, data.path)
-        return {"content_hash": content_hash, "is_dir": data.is_dir}
+        return content_hash, data.is_dir
 
     def _check_arguments(self) -> None:
         given = [name for name in _SOURCES if getattr(self, name) is not None]

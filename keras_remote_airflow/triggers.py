@@ -5,6 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,17 @@ from keras_remote_airflow._compat import BaseTrigger, TriggerEvent
 from keras_remote_airflow.awaited import AwaitedDataset
 from keras_remote_airflow.core.errors import PERMANENT_ERRORS, StoreError
 from keras_remote_airflow.core.refs import DataRef
+from keras_remote_airflow.failures import is_outage
+from keras_remote_airflow.shared_transport import shared_transport
 
 if TYPE_CHECKING:
-    from google.cloud.storage import Client
+    from keras_remote_airflow.core.cloud.transport import Transport
 
 # The worker has just used the same connection. A failure to get it here is therefore a short one
 # (of the database, a secret backend, a token service), or the triggerer is set up differently.
 _CONNECT_ATTEMPTS = 5
+# How long after the deadline a look, which is then the last one, may still take.
+_LAST_LOOK_SECONDS = 60.0
 
 
 class CacheTrigger(BaseTrigger):
@@ -30,8 +35,9 @@ class CacheTrigger(BaseTrigger):
         {"status": "timeout", "message": str}
         {"status": "failed", "message": str, "permanent": bool}
 
-    Outages of Cloud Storage are logged and waited out. Looks happen in threads, so the
-    triggerer's event loop never waits for the network.
+    Outages of Cloud Storage are logged and waited out. Neither the triggerer's event loop nor a
+    thread that other triggers need waits for the network, and a trigger can be cancelled at any
+    moment. Triggers with the same connection share one transport: see `shared_transport`.
 
     Args:
         awaited: the fields of an `AwaitedDataset`, as a dict.
@@ -78,48 +84,59 @@ class CacheTrigger(BaseTrigger):
         yield TriggerEvent(await self._wait())  # type: ignore[no-untyped-call]  # likewise
 
     async def _wait(self) -> dict[str, Any]:
+        seconds = max(0.0, self.deadline - time.time()) + _LAST_LOOK_SECONDS
         try:
-            client = await self._connect()
-            for interval in self._intervals():
-                # Asked before the look, so that one look happens at the deadline itself.
-                is_last = time.time() >= self.deadline
-                ref = await asyncio.to_thread(self._look, client)
-                if ref is not None:
-                    return {"status": "found", "ref": ref.to_dict()}
-                if is_last:
-                    uri = self.awaited.gcs_uri
-                    return {"status": "timeout", "message": f"no dataset appeared at {uri}"}
-                await self._pause(interval)
-            raise AssertionError("the intervals do not end")
+            async with asyncio.timeout(seconds) as patience, AsyncExitStack() as stack:
+                transport = await self._connect(stack)
+                for interval in self._intervals():
+                    # Asked before the look, so that one look happens at the deadline itself.
+                    is_last = time.time() >= self.deadline
+                    ref = await self._look(transport)
+                    if ref is not None:
+                        return {"status": "found", "ref": ref.to_dict()}
+                    if is_last:
+                        break
+                    await self._pause(interval)
+        except TimeoutError:
+            if not patience.expired():
+                raise
         except (*PERMANENT_ERRORS, StoreError) as exc:
-            permanent = isinstance(exc, PERMANENT_ERRORS)
-            return {"status": "failed", "message": str(exc), "permanent": permanent}
+            if not is_outage(exc):
+                permanent = isinstance(exc, PERMANENT_ERRORS)
+                return {"status": "failed", "message": str(exc), "permanent": permanent}
+        uri = self.awaited.key.gcs_uri
+        return {"status": "timeout", "message": f"no dataset appeared at {uri}"}
 
-    async def _connect(self) -> "Client":
-        from asgiref.sync import sync_to_async  # comes with Airflow
-
+    async def _connect(self, stack: AsyncExitStack) -> "Transport":
+        awaited = self.awaited
         for attempt in itertools.count(1):
             try:
-                # Not asyncio.to_thread: a connection kept in Airflow's database can be fetched
-                # only from the thread that asgiref ties to the event loop.
-                return await sync_to_async(self.awaited.connect)()
+                return await stack.enter_async_context(
+                    shared_transport(
+                        awaited.gcp_conn_id,
+                        awaited.impersonation_chain,
+                        awaited.user_project,
+                        awaited.policy,
+                    )
+                )
             except Exception as exc:
-                if attempt == _CONNECT_ATTEMPTS or time.time() >= self.deadline:
+                is_last = attempt >= _CONNECT_ATTEMPTS and not is_outage(exc)
+                if is_last or time.time() >= self.deadline:
                     raise
                 self.log.warning(
-                    "Could not get connection %s, will try again: %r", self.awaited.gcp_conn_id, exc
+                    "Could not get connection %s, will try again: %r", awaited.gcp_conn_id, exc
                 )
             await self._pause(self.poke_interval)
         raise AssertionError("count() does not end")
 
-    def _look(self, client: "Client") -> DataRef | None:
+    async def _look(self, transport: "Transport") -> DataRef | None:
         try:
-            return self.awaited.look(client)
+            return await transport.arun(self.awaited.look(transport))
         except StoreError as exc:
-            if not self.silent_fail:
+            if not (is_outage(exc) or self.silent_fail):
                 raise
-            uri = self.awaited.gcs_uri
-            self.log.error("Could not look, will look again (%s): %s", exc, uri)
+            uri = self.awaited.key.gcs_uri
+            self.log.warning("Could not look, will look again (%s): %s", exc, uri)
             return None
 
     def _intervals(self) -> Iterator[float]:

@@ -10,13 +10,14 @@ from datetime import timedelta
 
 import pytest
 
-from keras_remote_airflow import CacheSensor, upload_data
+from keras_remote_airflow import CacheSensor, RetryPolicy, upload_data
 from keras_remote_airflow._compat import (
     EXECUTION_TIMEOUT_ENDS_DEFERRALS,
     AirflowFailException,
     AirflowSensorTimeout,
     AirflowSkipException,
 )
+from keras_remote_airflow.awaited import AwaitedDataset
 from keras_remote_airflow.core.errors import StoreError
 from keras_remote_airflow.core.refs import make_data_ref
 from keras_remote_airflow.testing import Fault
@@ -108,20 +109,12 @@ def test_kinetics_own_upload_and_ref_are_understood(execute, gcs_server):
     assert execute(sensor(data_ref=theirs))[0] == theirs | {"gcs_uri": GCS_URI}
 
 
-def test_an_outage_is_waited_out(execute, published, monkeypatch):
-    from keras_remote_airflow.core.datasets import lookup
-
-    find = lookup.find
-    outages = [StoreError("503 for two minutes", status=503, transient=True)] * 2
-
-    def failing_twice(*arguments, **keywords):
-        if outages:
-            raise outages.pop()
-        return find(*arguments, **keywords)
-
-    monkeypatch.setattr(lookup, "find", failing_twice)
+def test_an_outage_is_waited_out(execute, published, gcs_server, monkeypatch):
+    monkeypatch.setattr(AwaitedDataset, "policy", RetryPolicy(deadline=0))
+    gcs_server.add_fault(Fault(path=MARKER, times=2, status=503))
     assert execute(sensor(data_ref=published))[0] == published
-    assert outages == []
+    looks = [request.status for request in gcs_server.requests if request.path.endswith(MARKER)]
+    assert looks == [503, 503, 200]
 
 
 @pytest.fixture
@@ -214,7 +207,7 @@ def test_wrong_combinations_fail_when_the_dag_is_parsed(arguments, words):
     [
         ({"content_hash": "ABC", "bucket_name": "test-bucket"}, "invalid content hash 'ABC'"),
         ({"content_hash": GOLDEN, "bucket_name": "gs://b"}, "invalid bucket name 'gs://b'"),
-        ({"content_hash": GOLDEN, "bucket_name": ""}, "invalid bucket name ''"),
+        ({"content_hash": GOLDEN, "bucket_name": ""}, "bucket_name must not be empty"),
         ({"content_hash": GOLDEN, "bucket_name": "bbb", "layout": "x"}, "unknown layout 'x'"),
         (
             {"content_hash": GOLDEN, "bucket_name": "test-bucket", "verify": "some"},
