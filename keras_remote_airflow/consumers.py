@@ -32,7 +32,6 @@ from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.refs import REF_VARIABLE, DataRef, parse_data_ref
 from keras_remote_airflow.failures import permanent_errors_fail_the_task
 
-_COMMAND = ["python", "-m", "keras_remote_airflow", "get"]
 # Where an init container sees the volume. The data goes into a directory inside, because a mount
 # point cannot be renamed into place.
 _VOLUME_PATH = "/keras-remote"
@@ -72,19 +71,16 @@ def gcsfuse_pod_kwargs(
     pod.metadata.setdefault("annotations", {})["gke-gcsfuse/volumes"] = "true"
     billing = f"billing-project={user_project}" if user_project else ""
     more = ",".join(filter(None, [billing, mount_options]))
-    pod.add_volume(
-        csi={
-            "driver": "gcsfuse.csi.storage.gke.io",
-            "readOnly": True,
-            "volumeAttributes": {
-                "bucketName": _fill_in(source, "bucket", lambda ref: ref.bucket),
-                "mountOptions": _fill_in(
-                    source, "mount options", lambda ref: _mount_options(ref, more)
-                ),
-            },
-        }
-    )
-    pod.add_mount(source, mount_path)
+    attributes = {
+        "bucketName": _fill_in(source, "bucket", lambda ref: ref.bucket),
+        "mountOptions": _fill_in(source, "mount options", lambda ref: _mount_options(ref, more)),
+    }
+    csi = {
+        "driver": "gcsfuse.csi.storage.gke.io",
+        "readOnly": True,
+        "volumeAttributes": attributes,
+    }
+    pod.add(source, {"csi": csi}, mount_path)
     return pod.kwargs
 
 
@@ -126,16 +122,13 @@ def materialize_pod_kwargs(
     init: dict[str, Any] = {
         "name": pod.label,
         "image": image,
-        "command": [*_COMMAND, dest, *_options(user_project)],
+        "command": [*_command(user_project), dest],
         **_copy_tree(container or {}),
     }
-    init.setdefault("env", []).append(
-        {"name": REF_VARIABLE, "value": _fill_in(source, "ref", _to_json)}
-    )
+    init.setdefault("env", []).extend(_env(source, {REF_VARIABLE: _to_json}))
     init.setdefault("volumeMounts", []).append({"name": pod.label, "mountPath": _VOLUME_PATH})
     pod.spec.setdefault("initContainers", []).append(init)
-    pod.add_volume(**(volume or {"emptyDir": {}}))
-    pod.add_mount(source, mount_path, subPath=posixpath.basename(dest))
+    pod.add(source, volume or {"emptyDir": {}}, mount_path, subPath=posixpath.basename(dest))
     pod.kwargs["init_container_logs"] = True
     pod.kwargs.setdefault("startup_timeout_seconds", _STARTUP_TIMEOUT)
     return pod.kwargs
@@ -170,7 +163,7 @@ def vertex_command_kwargs(
     source = _parse_upload(upload)
     variables, first = _vertex_parts(name, materialize_at, user_project)
     assignments = [
-        _fill_in(source, variable, partial(_assignment, variable, make))
+        _fill_in(source, variable, partial(_assign, variable, make))
         for variable, make in variables.items()
     ]
     return {"command": ["env", *assignments, *first, *command]}
@@ -226,10 +219,7 @@ def vertex_custom_job_kwargs(
             raise InvalidInputError(
                 f"custom_job has a dataset named {name!r} already: pass another name"
             )
-        env += [
-            {"name": variable, "value": _fill_in(source, variable, make)}
-            for variable, make in variables.items()
-        ]
+        env += _env(source, variables)
         if first:
             if not spec.get("command"):
                 raise InvalidInputError(
@@ -301,8 +291,6 @@ class _Pod:
             )
         template = _copy_tree(self.kwargs.get("pod_template_dict") or {})
         self.kwargs["pod_template_dict"] = template
-        template.setdefault("apiVersion", "v1")
-        template.setdefault("kind", "Pod")
         self.metadata = template.setdefault("metadata", {})
         self.spec = template.setdefault("spec", {})
         # The operator merges its own container with the template's first, and names it.
@@ -311,26 +299,26 @@ class _Pod:
             containers.append({"name": "base"})
         self._base = containers[0]
 
-    def add_volume(self, **source: Any) -> None:
+    def add(
+        self,
+        source: DataRef | ResolveMixin,
+        volume: Mapping[str, Any],
+        mount_path: Any,
+        **mount: Any,
+    ) -> None:
         volumes = self.spec.setdefault("volumes", [])
         if any(volume["name"] == self.label for volume in volumes):
             raise InvalidInputError(
                 f"the pod has a dataset named {self._name!r} already: pass another name"
             )
-        volumes.append({"name": self.label, **source})
-
-    def add_mount(self, source: DataRef | ResolveMixin, mount_path: Any, **more: Any) -> None:
+        volumes.append({"name": self.label, **volume})
         where = _absolute("mount_path", mount_path) or _fill_in(source, "mount path", _mount_path)
         self._base.setdefault("volumeMounts", []).append(
-            {"name": self.label, "mountPath": where, "readOnly": True, **more}
+            {"name": self.label, "mountPath": where, "readOnly": True, **mount}
         )
         path, ref = _variables(self._name)
-        self._base.setdefault("env", []).extend(
-            [
-                {"name": path, "value": where},
-                {"name": ref, "value": _fill_in(source, "ref", _to_json)},
-            ]
-        )
+        self._base.setdefault("env", []).append({"name": path, "value": where})
+        self._base["env"] += _env(source, {ref: _to_json})
 
 
 def _variables(name: str) -> tuple[str, str]:
@@ -365,8 +353,7 @@ def _vertex_parts(
         return variables, []
     # No $(...): Vertex AI takes it for a reference to an environment variable. The command prints
     # a path, which would be taken for output of the job's own.
-    options = shlex.join(_options(user_project))
-    script = f'{" ".join(_COMMAND)} "${ref}" "${path}" {options} >&2 && exec "$@"'
+    script = f'{shlex.join(_command(user_project))} "${ref}" "${path}" >&2 && exec "$@"'
     return variables, ["sh", "-c", script, "sh"]
 
 
@@ -377,11 +364,18 @@ def _absolute(name: str, path: Any) -> str | None:
     return text
 
 
-def _options(user_project: str | None) -> list[str]:
-    return ["--user-project", user_project] if user_project else []
+def _command(user_project: str | None) -> list[str]:
+    options = ["--user-project", user_project] if user_project else []
+    return ["python", "-m", "keras_remote_airflow", "get", *options]
 
 
-def _assignment(variable: str, make: Callable[[DataRef], str], ref: DataRef) -> str:
+def _env(
+    source: DataRef | ResolveMixin, makes: Mapping[str, Callable[[DataRef], str]]
+) -> list[dict[str, Any]]:
+    return [{"name": name, "value": _fill_in(source, name, make)} for name, make in makes.items()]
+
+
+def _assign(variable: str, make: Callable[[DataRef], str], ref: DataRef) -> str:
     return f"{variable}={make(ref)}"
 
 

@@ -231,7 +231,7 @@ def test_a_container_downloads_at_the_expense_of_the_project_that_pays(
 
     pod = materialize_pod_kwargs(ref, "/data", image="i", user_project="payer")
     (init,) = pod["pod_template_dict"]["spec"]["initContainers"]
-    assert init["command"][-2:] == ["--user-project", "payer"]
+    assert init["command"][-3:-1] == ["--user-project", "payer"]
     assert pod["startup_timeout_seconds"] == 3600
 
     options = fuse_volume(
