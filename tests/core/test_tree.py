@@ -16,7 +16,6 @@ from keras_remote_airflow.core.disk.tree import (
     open_path,
     single_file,
     walk,
-    walk_order,
 )
 from keras_remote_airflow.core.errors import DataChangedError, DataNotFoundError, InvalidInputError
 
@@ -44,6 +43,12 @@ def test_a_large_folder_comes_in_parts(tmp_path):
 def test_folders_without_files_are_not_mentioned(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     assert list(walk(str(tmp_path))) == []
+
+
+def walk_order(path: bytes) -> list[tuple[bool, bytes]]:
+    """Sorts a folder's files before its subfolders, each by their bytes."""
+    *folders, file = path.split(b"/")
+    return [*((True, folder) for folder in folders), (False, file)]
 
 
 _NAMES = st.sampled_from(["a", "b", "a-", "a.b", "A", "é", "\uffee", "😀", "ab"])

@@ -123,21 +123,21 @@ def take_snapshot(
     """
     state = stat_path(path)
     is_dir = stat.S_ISDIR(state.st_mode)
-    snapshot = Snapshot(path, is_dir)
     counts = Progress(_log, "Hashing", printable(path), progress)
     index = _open_index(hash_index, path, config) if hash_index else None
+    snapshot = Snapshot(path, is_dir, index.stamp if index else None)
     if not is_dir:
         expected = 1, state.st_size
     if expected:
         counts.expect(*expected)
-    with index or nullcontext():
+    with closing(index) if index else nullcontext():
         with counts, _Hasher(snapshot, counts, config) as hasher:
             base = os.fsencode(path if is_dir else os.path.dirname(path))
             for folder, names in walk(path) if is_dir else [single_file(path)]:
                 paths = [folder + name for name in names]
                 check_utf8(base, paths)
                 files = _Files(os.path.join(base, folder), names, paths, snapshot.add_names(paths))
-                unknown = _unknown(files, snapshot, index) if index else range(len(names))
+                unknown = _unknown(folder, files, snapshot, index) if index else range(len(names))
                 counts.add(len(names) - len(unknown), 0)
                 hasher.hash(files, unknown)
         snapshot.finish()
@@ -185,21 +185,25 @@ class _Files(NamedTuple):
         return os.path.join(self.folder, self.names[position])
 
 
-def _unknown(files: _Files, snapshot: Snapshot, index: "HashIndex") -> Sequence[int]:
+def _unknown(folder: bytes, files: _Files, snapshot: Snapshot, index: "HashIndex") -> Sequence[int]:
     """Fill in the files that the index knows; return the positions of the others."""
-    states = _states(files)
-    known, crcs, digests = index.look_up(files.paths, states)
+    states = _states(files, index)
+    stamps = array("q", map(index.stamp, states))
+    known, crcs, digests = index.look_up(folder, files.names, stamps)
     if len(known) == len(states):
-        snapshot.fill_all(range(files.first, files.first + len(states)), states, crcs, digests)
+        snapshot.fill(range(files.first, files.first + len(states)), states, crcs, digests, stamps)
         return ()
     indices = [files.first + position for position in known]
-    snapshot.fill_all(indices, [states[position] for position in known], crcs, digests)
-    return sorted(set(range(len(states))).difference(known))
+    snapshot.fill(indices, [states[position] for position in known], crcs, digests)
+    unknown = sorted(set(range(len(states))).difference(known))
+    index.write_back({states[p].st_dev: files.local_path(p) for p in unknown if stamps[p]})
+    return unknown
 
 
-def _states(files: _Files) -> list[os.stat_result]:
+def _states(files: _Files, index: "HashIndex") -> list[os.stat_result]:
     folder = open_path(files.folder, FOLDER_FLAGS)
     try:
+        index.check_outside(os.fstat(folder))
         return [os.stat(name, dir_fd=folder) for name in files.names]
     except OSError as exc:
         raise inaccessible(os.path.join(files.folder, exc.filename), exc) from exc
@@ -308,7 +312,7 @@ class _Hasher:
             ]
         )
         crcs = array("I", map(google_crc32c.value, contents))
-        self._snapshot.fill_all([files.first + p for p in small], states, crcs, digests)
+        self._snapshot.fill([files.first + p for p in small], states, crcs, digests)
         self._progress.add(len(small), sum(map(len, contents)))
         return large
 
@@ -389,7 +393,7 @@ class _Hasher:
         if done != state.st_size:
             raise _changed(path, state.st_size, done)
         index = files.first + position
-        self._snapshot.fill(index, done, state.st_mtime_ns, sha256.digest(), crc32c)
+        self._snapshot.fill([index], [state], array("I", [crc32c]), sha256.digest())
         self._progress.add(1, 0)
 
 

@@ -1,82 +1,90 @@
 """The hash index: an optional local file that spares unchanged files from being read again.
 
-For each file it keeps what the file system said (path, size, mtime, ctime, inode, device), and the
-file digest and CRC32C that the file had then. Files modified within 2 s before hashing are not
-recorded: a later change might not alter their times. (git's index does the same.)
+For each file it keeps the file digest, the CRC32C and a stamp: a hash of what the file system said
+of the file then (size, mtime, ctime, inode, device). A file is recorded only if
 
-Use it for data on a local disk, not on mounts whose inode numbers or times are not stable (gcsfuse,
-some NFS and container overlays).
+- its times are more than 2 s older than the run, since a later change might not alter them (git's
+  index does the same), and
+- its file system was written back (syncfs) in the run, before the file was read. A page that is
+  written to through mmap changes the file's times once, and then not again until it is written
+  back. So any change that follows shows in the times.
 
-An index only saves time. One that is damaged, locked or of a newer format is ignored, with a line
-in the log. A damaged one is replaced by the same run. A file that SQLite does not recognize as a
-hash index of this format is never written to. Processes may share an index: each reads a block at
-a time, and writes in one transaction.
+Don't use it where that isn't so: for files in memory (tmpfs, such as /dev/shm) that are written to
+through mmap, and for mounts whose times and inode numbers are not those of a local disk (gcsfuse,
+NFS).
+
+An index only saves time. One that cannot be used is ignored, with a line in the log, and replaced
+by the same run if it is a damaged index of this format. Other files are never written to. Processes
+may share an index: each reads a block at a time, and writes in one transaction.
 
 Format: an SQLite database with application_id 0x4B524958 ("KRIX"), user_version 1 and one table:
 
-    CREATE TABLE blocks (root BLOB, number INTEGER, crc32c INTEGER, paths BLOB, files BLOB,
-                         PRIMARY KEY (root, number)) WITHOUT ROWID
+    CREATE TABLE blocks (root BLOB, folder BLOB, last BLOB, crc32c INTEGER, names BLOB, files BLOB,
+                         PRIMARY KEY (root, folder, last)) WITHOUT ROWID
 
-A row is a block of up to 1,000 files. The blocks of a root (the absolute path of a dataset) are
-numbered from 0 and hold its files in the order of the content hash. Numbers in `files` have the
-machine's byte order, since an index is of use only where its inode numbers are.
+A row is a block of up to 1,000 files that follow each other in one folder. Numbers in `files` have
+the machine's byte order.
 
-    crc32c   CRC32C of paths and files, one after the other
-    paths    relative paths in UTF-8, joined by zero bytes
-    files    76 bytes each: size, mtime_ns, ctime_ns, inode and device in 8 bytes, CRC32C in 4, and
-             the file digest
+    root     absolute path of the dataset
+    folder   relative to it: empty or with a final "/"
+    last     the last one of the names
+    crc32c   CRC32C of root, folder, names and files, joined by zero bytes
+    names    joined by zero bytes
+    files    the stamps of all files (8 bytes each; 0: to be read again), then their CRC32Cs (4
+             bytes each), then their file digests (32 bytes each)
 """
 
 import logging
 import os
 import sqlite3
-import struct
-import tempfile
+import stat
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from itertools import islice
-from typing import Self
-from urllib.parse import quote
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from itertools import groupby, islice
+from pathlib import Path
 
 import google_crc32c
 
 from keras_remote_airflow.core.disk.snapshot import Snapshot
-from keras_remote_airflow.core.disk.tree import system_path, walk_order
-from keras_remote_airflow.core.errors import InvalidInputError, printable
+from keras_remote_airflow.core.disk.tree import OPEN_FLAGS, open_path, stat_path, system_path
+from keras_remote_airflow.core.errors import DataNotFoundError, InvalidInputError, printable
 
 _log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x4B524958
 FORMAT_VERSION = 1
 _BLOCK_FILES = 1_000
-_64 = (1 << 64) - 1
-_STATE = struct.Struct("=QQQQQ")  # size, mtime_ns, ctime_ns, inode, device
-_KNOWN = struct.Struct("=I32s")  # CRC32C, digest
-_FILE = struct.Struct(f"{_STATE.size}s{_KNOWN.size}s")
-# States above this size are kept in a temporary file until they are saved.
-_STATES_IN_MEMORY_BYTES = 1 << 20
-_SCHEMA = """
-    CREATE TABLE blocks (root BLOB, number INTEGER, crc32c INTEGER, paths BLOB, files BLOB,
-                         PRIMARY KEY (root, number)) WITHOUT ROWID
+_CREATE = f"""
+    BEGIN IMMEDIATE;
+    PRAGMA application_id = {APPLICATION_ID};
+    PRAGMA user_version = {FORMAT_VERSION};
+    CREATE TABLE IF NOT EXISTS blocks (
+        root BLOB, folder BLOB, last BLOB, crc32c INTEGER, names BLOB, files BLOB,
+        PRIMARY KEY (root, folder, last)) WITHOUT ROWID;
+    COMMIT;
 """
-_COUNT_FILES = "SELECT total(length(files)) / ? FROM blocks WHERE root = ?"
-_READ = "SELECT crc32c, paths, files FROM blocks WHERE root = ? AND number = ?"
+_READ = """
+    SELECT last, crc32c, names, files FROM blocks
+    WHERE root = ? AND folder = ? AND last >= ? ORDER BY last
+"""
 # A block that is stored already is not written again.
 _WRITE = """
-    REPLACE INTO blocks SELECT ?1, ?2, ?3, ?4, ?5
-    WHERE NOT EXISTS (SELECT 1 FROM blocks WHERE (root, number, crc32c) = (?1, ?2, ?3))
+    REPLACE INTO blocks SELECT ?1, ?2, ?3, ?4, ?5, ?6 WHERE NOT EXISTS (
+        SELECT 1 FROM blocks WHERE (root, folder, last, crc32c) = (?1, ?2, ?3, ?4))
 """
+_COUNT = "SELECT count(*) FROM blocks WHERE root = ?"
+_FORGET = "DELETE FROM blocks WHERE root = ?"
 # What reading and writing a file of any content may raise.
 _FAILURES = (sqlite3.Error, OSError, ValueError, TypeError)
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 
 
 class HashIndex:
     """The part of a hash index that is about one file or directory.
 
-    A context manager around the calls of `look_up` and `save`. An index that cannot be used is a
-    warning in the log. Only an index inside the data raises an error.
+    `close` it at the end. An index that cannot be used is a warning in the log. Only an index
+    inside the data raises an error.
 
     Args:
         path: the index file; it need not exist yet.
@@ -86,205 +94,215 @@ class HashIndex:
     """
 
     def __init__(self, path: str, root: str, settled_ns: int, timeout_seconds: float) -> None:
-        self._path = os.path.abspath(os.path.expanduser(system_path(path)))
-        for resolve in (os.path.abspath, os.path.realpath):
-            if os.path.commonpath([resolve(self._path), resolve(root)]) == resolve(root):
-                raise InvalidInputError(
-                    f"the hash index is inside the data, so writing it would change the hash: "
-                    f"{self._path} in {root}. Put it elsewhere."
-                )
+        self._path = os.path.realpath(os.path.expanduser(system_path(path)))
         self._root = os.fsencode(root)
         self._settled_ns = settled_ns
         self._timeout_seconds = timeout_seconds
+        self._written_back: set[int] = set()
+        self._has_news = self._is_damaged = False
         self._may_write = True
-        self._is_damaged = False
         self._db: sqlite3.Connection | None = None
-        self._states = tempfile.SpooledTemporaryFile(  # noqa: SIM115 - closed on exit
-            _STATES_IN_MEMORY_BYTES
-        )
-        self._known_files = self._found_files = 0
-        # The block with the next files: its number, its last path as `walk_order` has it, and by
-        # path and state what is known of each file. Empty behind the last one.
-        self._number = -1
-        self._last: list[tuple[bool, bytes]] = []
-        self._block: dict[bytes, bytes] = {}
-        with self._ignoring_failures():
-            self._open()
+        self._places: list[tuple[int, int]] = []
+        for place in (Path(self._path), *Path(self._path).parents):
+            with suppress(OSError):
+                self._places.append(_identity(os.stat(place)))
+        self.check_outside(stat_path(root))
+        try:
+            if self._check_format():
+                self._db = self._connect()
+        except _FAILURES as exc:
+            self._ignore(exc)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._states.close()
+    def close(self) -> None:
+        """Close the file."""
         if self._db is not None:
             self._db.close()
 
-    def look_up(
-        self, paths: list[bytes], states: list[os.stat_result]
-    ) -> tuple[list[int], "array[int]", bytes]:
-        """Find files that are known and unchanged.
+    def check_outside(self, folder: os.stat_result) -> None:
+        """Raise InvalidInputError if this folder of the data holds the index, or is to hold it.
 
-        Must be called for all files, in the order of the content hash.
+        Device and inode tell, since links, mounts and letter case lead to other names.
+        """
+        if _identity(folder) in self._places:
+            raise InvalidInputError(
+                "the hash index is inside the data, so writing it would change the hash: "
+                f"{self._path} in {os.fsdecode(self._root)}. Put it elsewhere."
+            )
+
+    def stamp(self, state: os.stat_result) -> int:
+        """Return what tells this state of a file from all later ones; 0 if nothing does yet."""
+        if max(state.st_mtime_ns, state.st_ctime_ns) >= self._settled_ns:
+            return 0
+        return hash(
+            (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev)
+        )
+
+    def look_up(
+        self, folder: bytes, names: list[bytes], stamps: "array[int]"
+    ) -> tuple[Sequence[int], "array[int]", bytes]:
+        """Find files of one folder that are known and unchanged.
 
         Args:
-            paths: of files in one folder, relative to the root, UTF-8.
-            states: what the file system says of each now.
+            folder: relative to the root: empty or with a final "/".
+            names: of the files, sorted.
+            stamps: of each, as it is now.
 
         Returns:
             Positions of the files found, their CRC32Cs, and their file digests one after another.
         """
-        packed = [
-            _STATE.pack(
-                s.st_size, s.st_mtime_ns & _64, s.st_ctime_ns & _64, s.st_ino, s.st_dev & _64
-            )
-            for s in states
-        ]
         positions: list[int] = []
-        found: list[bytes] = []
-        start = 0
-        with self._ignoring_failures():
-            if self._may_write:
-                self._states.write(b"".join(packed))
-            while self._block and start < len(paths):
-                end = bisect_right(paths, self._last, start, key=walk_order)
-                for position in range(start, end):
-                    known = self._block.get(paths[position] + packed[position])
-                    if known is not None:
+        crcs = array("I")
+        digests: list[bytes] = []
+        try:
+            for there, (known_stamps, known_crcs, known_digests) in self._read(folder, names):
+                if there == names and known_stamps == stamps and 0 not in stamps:
+                    return range(len(names)), known_crcs, known_digests
+                places = {name: at for at, name in enumerate(there)}
+                for position, (name, stamp) in enumerate(zip(names, stamps, strict=True)):
+                    at = places.get(name)
+                    if at is not None and known_stamps[at] == stamp != 0:
                         positions.append(position)
-                        found.append(known)
-                start = end
-                if start < len(paths):
-                    self._read_block()
-        self._found_files += len(found)
-        crcs = array("I", b"".join([known[:4] for known in found]))
-        return positions, crcs, b"".join([known[4:] for known in found])
+                        crcs.append(known_crcs[at])
+                        digests.append(known_digests[32 * at : 32 * at + 32])
+        except _FAILURES as exc:
+            self._ignore(exc)
+        self._has_news = self._has_news or len(positions) < len(names)
+        return positions, crcs, b"".join(digests)
+
+    def write_back(self, files: dict[int, bytes]) -> None:
+        """Have file systems written back, once each, before files on them are read.
+
+        Args:
+            files: by device, the path of a file on it.
+        """
+        for device in files.keys() - self._written_back:
+            descriptor = open_path(files[device], OPEN_FLAGS)
+            try:
+                _write_back(descriptor)
+            finally:
+                os.close(descriptor)
+            self._written_back.add(device)
 
     def save(self, snapshot: Snapshot) -> None:
-        """Record a snapshot whose every file was asked for, if anything is new."""
-        if not self._may_write or self._found_files == len(snapshot) == self._known_files:
+        """Record a stamped snapshot whose every file was looked up, if anything is new."""
+        if not (self._has_news and self._may_write):
             return
         try:
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
             if self._is_damaged:
-                database = os.path.realpath(self._path)
-                for path in (database, f"{database}-journal"):
-                    with suppress(OSError):
+                for path in (self._path, f"{self._path}-journal"):
+                    with suppress(FileNotFoundError):
                         os.unlink(path)
+            is_new = not self._check_format()
             with suppress(FileExistsError):  # only for this user: file names can be private
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            with closing(self._connect("rwc")) as db:
-                # The file shrinks when roots are forgotten. This has to precede the first table.
-                db.execute("PRAGMA auto_vacuum = FULL")
-                with db:
-                    db.execute("BEGIN IMMEDIATE")
-                    self._write(db, snapshot)
+            with closing(self._connect()) as db, db:
+                if is_new:
+                    db.executescript(_CREATE)
+                db.execute("BEGIN IMMEDIATE")
+                for [root] in db.execute("SELECT DISTINCT root FROM blocks").fetchall():
+                    if _is_gone(root):
+                        db.execute(_FORGET, [root])
+                count = 0
+                for block in self._blocks(snapshot):
+                    db.execute(_WRITE, block)
+                    count += 1
+                if db.execute(_COUNT, [self._root]).fetchone() != (count,):
+                    # Blocks end at other files than before, or folders are gone.
+                    db.execute(_FORGET, [self._root])
+                    db.executemany(_WRITE, self._blocks(snapshot))
         except _FAILURES as exc:
             _log.warning("The hash index could not be written (%s): %s", exc, printable(self._path))
 
-    @contextmanager
-    def _ignoring_failures(self) -> Iterator[None]:
-        """Take the index for empty from here on if it cannot be read."""
+    def _ignore(self, error: Exception) -> None:
+        """Take the index for empty from here on."""
+        # A damaged index is replaced. Other files are left alone, and so is an index that is
+        # locked or cannot be read just now.
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        is_wrong = code in _DAMAGE or isinstance(error, ValueError | TypeError)
+        self._may_write = self._is_damaged = self._db is not None and is_wrong
+        hint = "" if self._db else ". It is left alone: delete it, or name another file."
+        self.close()
+        self._db = None
+        path = printable(self._path)
+        _log.warning("The hash index is ignored (%s): %s%s", error, path, hint)
+
+    def _check_format(self) -> bool:
+        """Return whether the index was written before; raise ValueError if another file is there.
+
+        SQLite is not asked, because it would repair another program's database.
+        """
         try:
-            yield
-        except _FAILURES as exc:
-            self._block = {}
-            # A hash index with wrong content is replaced. Other files are left alone, and so is an
-            # index that is locked or cannot be read just now.
-            code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
-            is_wrong = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
-            is_wrong = is_wrong or isinstance(exc, ValueError | TypeError)
-            self._may_write = self._is_damaged = self._db is not None and is_wrong
-            hint = (
-                ". It is left alone: delete it, or name another file." if self._db is None else ""
-            )
-            _log.warning("The hash index is ignored (%s): %s%s", exc, printable(self._path), hint)
+            descriptor = os.open(self._path, OPEN_FLAGS)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError("it is not a file")
+            header = os.read(descriptor, 72)  # https://www.sqlite.org/fileformat.html
+        finally:
+            os.close(descriptor)
+        if header and not (header.startswith(b"SQLite format 3\0") and header[68:] == b"KRIX"):
+            raise ValueError("it is no hash index")
+        if (version := int.from_bytes(header[60:64])) != FORMAT_VERSION and header:
+            raise ValueError(f"it has user_version {version}, this version reads {FORMAT_VERSION}")
+        return bool(header)  # empty: another process is about to write it
 
-    def _open(self) -> None:
-        if not os.path.exists(self._path):
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self._path, timeout=self._timeout_seconds, isolation_level=None)
+
+    def _read(
+        self, folder: bytes, names: list[bytes]
+    ) -> Iterator[tuple[list[bytes], tuple["array[int]", "array[int]", bytes]]]:
+        """Yield names from the first to the last one of these, and what is known of the files."""
+        if self._db is None:
             return
-        if not os.path.isfile(self._path):
-            raise ValueError("it is not a file")
-        if not os.path.getsize(self._path):
-            return  # another process is about to write it
-        # Immutable: SQLite neither locks a file that may not be ours, nor repairs it.
-        with closing(self._connect("ro&immutable=1")) as db:
-            [[pages]] = db.execute("PRAGMA page_count").fetchall()
-            if pages and _is_blank(db):  # SQLite takes what is shorter than a page for blank, too
-                return  # another process is writing the first index here, or was killed meanwhile
-            _check_format(db)
-        # Reading needs no right to write, but after a crash SQLite has to undo what was half done.
-        self._db = self._connect("rw")
-        [[self._known_files]] = self._db.execute(_COUNT_FILES, [_FILE.size, self._root]).fetchall()
-        self._read_block()
-
-    def _connect(self, mode: str) -> sqlite3.Connection:
-        uri = f"file:{quote(os.fsencode(self._path))}?mode={mode}"
-        timeout = self._timeout_seconds
-        return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
-
-    def _read_block(self) -> None:
-        # A query for each block, so that other processes can write in between. A block that they
-        # wrote may begin with other files than expected, but each of its rows is true.
-        self._number += 1
-        self._block = {}
-        assert self._db is not None  # noqa: S101 - it was opened
-        for crc32c, joined, files in self._db.execute(_READ, (self._root, self._number)).fetchall():
-            if _crc32c(joined, files) != crc32c:
+        # A query for each folder, so that other processes can write in between.
+        for last, crc32c, joined, files in self._db.execute(_READ, (self._root, folder, names[0])):
+            if crc32c != _crc32c(self._root, folder, joined, files):
                 raise ValueError("a block does not agree with its CRC32C")
-            paths = joined.split(b"\0")
-            self._last = walk_order(paths[-1])
-            known = zip(paths, _FILE.iter_unpack(files), strict=True)
-            self._block = {path + state: file for path, (state, file) in known}
+            there = joined.split(b"\0")
+            crcs, digests = 8 * len(there), 12 * len(there)
+            columns = array("q", files[:crcs]), array("I", files[crcs:digests]), files[digests:]
+            yield there, columns
+            if last >= names[-1]:
+                return
 
-    def _write(self, db: sqlite3.Connection, snapshot: Snapshot) -> None:
-        if _is_blank(db):
-            db.execute(_SCHEMA)
-            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            db.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
-        _check_format(db)
-        settled = self._settled_files(snapshot)
-        number = 0
-        while block := list(islice(settled, _BLOCK_FILES)):
-            paths, files = (
-                b"\0".join(path for path, _ in block),
-                b"".join(file for _, file in block),
-            )
-            db.execute(_WRITE, (self._root, number, _crc32c(paths, files), paths, files))
-            number += 1
-        db.execute("DELETE FROM blocks WHERE root = ? AND number >= ?", (self._root, number))
-        for [root] in db.execute("SELECT DISTINCT root FROM blocks").fetchall():
-            if not os.path.exists(root):
-                db.execute("DELETE FROM blocks WHERE root = ?", [root])
-
-    def _settled_files(self, snapshot: Snapshot) -> Iterator[tuple[bytes, bytes]]:
-        """Yield path and record of each file that was last modified long enough ago."""
-        self._states.seek(0)
-        for file in snapshot.records():
-            *_, ctime_ns, inode, device = _STATE.unpack(self._states.read(_STATE.size))
-            if max(file.mtime_ns, ctime_ns) < self._settled_ns:
-                state = _STATE.pack(file.size, file.mtime_ns, ctime_ns, inode, device)
-                known = _KNOWN.pack(file.crc32c, file.digest)
-                yield file.path.encode(), state + known
+    def _blocks(
+        self, snapshot: Snapshot
+    ) -> Iterator[tuple[bytes, bytes, bytes, int, bytes, bytes]]:
+        paths = enumerate(snapshot.names())
+        for folder, files_there in groupby(paths, lambda file: file[1][: file[1].rfind(b"/") + 1]):
+            while block := list(islice(files_there, _BLOCK_FILES)):
+                names = [path[len(folder) :] for _, path in block]
+                joined, files = b"\0".join(names), snapshot.columns(block[0][0], block[-1][0] + 1)
+                crc32c = _crc32c(self._root, folder, joined, files)
+                yield self._root, folder, names[-1], crc32c, joined, files
 
 
-def _is_blank(db: sqlite3.Connection) -> bool:
-    """Return whether no program has committed anything to the database."""
-    [[tables]] = db.execute("SELECT count(*) FROM sqlite_master").fetchall()
-    [[application_id]] = db.execute("PRAGMA application_id").fetchall()
-    [[version]] = db.execute("PRAGMA user_version").fetchall()
-    return not (tables or application_id or version)
+def _identity(state: os.stat_result) -> tuple[int, int]:
+    return state.st_dev, state.st_ino
 
 
-def _check_format(db: sqlite3.Connection) -> None:
-    """Raise ValueError unless the database is a hash index of this format."""
-    [[application_id]] = db.execute("PRAGMA application_id").fetchall()
-    [[version]] = db.execute("PRAGMA user_version").fetchall()
-    if application_id != APPLICATION_ID:
-        raise ValueError("it is another program's database")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"it has user_version {version}, this version reads {FORMAT_VERSION}")
+def _is_gone(root: bytes) -> bool:
+    try:
+        stat_path(root)
+    except DataNotFoundError:
+        return True
+    except (InvalidInputError, OSError):  # that can't be told just now
+        pass
+    return False
 
 
-def _crc32c(paths: bytes, files: bytes) -> int:
-    crc32c: int = google_crc32c.extend(google_crc32c.value(paths), files)
+def _crc32c(*columns: bytes) -> int:
+    crc32c: int = google_crc32c.value(b"\0".join(columns))
     return crc32c
+
+
+def _write_back(descriptor: int) -> None:
+    """Write back the file system that the open file is on, or all where that is not to be had."""
+    import ctypes
+
+    syncfs = getattr(ctypes.CDLL(None), "syncfs", None)  # macOS has none
+    if syncfs is None or syncfs(descriptor):
+        os.sync()

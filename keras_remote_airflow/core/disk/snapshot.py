@@ -7,7 +7,7 @@ into some 150 MB.
 import hashlib
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, islice
 from typing import NamedTuple
 
@@ -48,9 +48,16 @@ class Snapshot:
         is_dir: whether it is a directory.
         content_hash: 64 hex digits.
         total_bytes: size of all files.
+
+    Args:
+        root: the attribute.
+        is_dir: the attribute.
+        stamp: a number of 64 bits for a file's state, to be kept for `columns`; None keeps none.
     """
 
-    def __init__(self, root: str, is_dir: bool) -> None:
+    def __init__(
+        self, root: str, is_dir: bool, stamp: Callable[[os.stat_result], int] | None = None
+    ) -> None:
         self.root = root
         self.is_dir = is_dir
         self.content_hash = ""
@@ -61,6 +68,8 @@ class Snapshot:
         self._crcs = array("I")
         self._mtimes = array("Q")
         self._digests = bytearray()
+        self._stamp = stamp
+        self._stamps = array("q")
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -109,24 +118,19 @@ class Snapshot:
         ends = accumulate(map(len, names), initial=len(self._names))
         self._name_ends.extend(islice(ends, 1, None))
         self._names += b"".join(names)
-        for numbers in (self._sizes, self._crcs, self._mtimes):
+        stamps = [self._stamps] if self._stamp else []
+        for numbers in (self._sizes, self._crcs, self._mtimes, *stamps):
             numbers.frombytes(bytes(numbers.itemsize * len(names)))
         self._digests += bytes(32 * len(names))
         return first
 
-    def fill(self, index: int, size: int, mtime_ns: int, digest: bytes, crc32c: int) -> None:
-        """Note what file `index` was found to be."""
-        self._sizes[index] = size
-        self._mtimes[index] = mtime_ns & _64_BITS
-        self._digests[32 * index : 32 * index + 32] = digest
-        self._crcs[index] = crc32c
-
-    def fill_all(
+    def fill(
         self,
         indices: Sequence[int],
-        states: list[os.stat_result],
+        states: Sequence[os.stat_result],
         crcs: "array[int]",
         digests: bytes,
+        stamps: "array[int] | None" = None,
     ) -> None:
         """Note what these files were found to be.
 
@@ -135,17 +139,25 @@ class Snapshot:
             states: what the file system says of each.
             crcs: CRC32C of each.
             digests: file digests, 32 bytes each, one after another.
+            stamps: of each; None computes them.
         """
-        if indices and indices[-1] - indices[0] == len(indices) - 1:
+        if indices and indices[-1] - indices[0] != len(indices) - 1:
+            for at, index in enumerate(indices):
+                digest = digests[32 * at : 32 * at + 32]
+                self.fill([index], [states[at]], crcs[at : at + 1], digest)
+        elif indices:
             these = slice(indices[0], indices[-1] + 1)
             self._sizes[these] = array("Q", [state.st_size for state in states])
             self._mtimes[these] = array("Q", [state.st_mtime_ns & _64_BITS for state in states])
             self._crcs[these] = crcs
             self._digests[32 * these.start : 32 * these.stop] = digests
-        else:
-            for at, (index, state) in enumerate(zip(indices, states, strict=True)):
-                digest = digests[32 * at : 32 * at + 32]
-                self.fill(index, state.st_size, state.st_mtime_ns, digest, crcs[at])
+            if self._stamp:
+                self._stamps[these] = stamps or array("q", map(self._stamp, states))
+
+    def columns(self, start: int, stop: int) -> bytes:
+        """Return the stamps, then the CRC32Cs, then the file digests of these files."""
+        columns = (self._stamps[start:stop], self._crcs[start:stop])
+        return b"".join([*columns, self._digests[32 * start : 32 * stop]])
 
     def finish(self) -> None:
         """Compute total size and content hash; every file must be filled in."""

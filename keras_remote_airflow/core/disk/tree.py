@@ -132,12 +132,6 @@ def single_file(path: str) -> tuple[bytes, list[bytes]]:
     return b"", [os.fsencode(os.path.basename(path))]
 
 
-def walk_order(path: bytes) -> list[tuple[bool, bytes]]:
-    """Return what sorts relative paths as `walk` yields them."""
-    *folders, file = path.split(b"/")
-    return [*((True, folder) for folder in folders), (False, file)]
-
-
 def check_utf8(root: bytes, paths: list[bytes]) -> None:
     """Raise InvalidInputError unless all these relative paths are UTF-8."""
     try:
