@@ -32,6 +32,10 @@ PORTABLE_TESTS := tests/core/test_hashing.py tests/core/test_index.py tests/core
 # An idle process takes tests over from the other one; `PYTEST=pytest` makes it one process.
 PYTEST := pytest -n 2 --dist worksteal
 
+# Each process of Airflow's imports thousands of files. Where Python may not keep their bytecode, as in
+# many containers, it compiles them each time: half of the CPU time of the tests that start Airflow.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test coverage test-quick test-all $(AIRFLOWS:%=test-%) test-composer $(IMAGES:%=test-%) test-kinetic test-light test-without-linux test-cloud $(PYTHONS:%=test-python-%) lint docs lowest dist bench constraints $(AIRFLOWS:%=constraints-%) constraints-lowest constraints-bench constraints-kinetic constraints-core constraints-docs clean
 .NOTPARALLEL:

@@ -32,6 +32,15 @@ import pytest
 _AIRFLOW = [sys.executable, "-m", "airflow"]
 _HERE = Path(__file__).parent
 
+# Runs commands of Airflow's one after the other in one process.
+_RUN_COMMANDS = """
+import json, sys
+from airflow.__main__ import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["airflow", *arguments]
+    main()
+"""
+
 # A warning of what will go, raised from a file of ours or from a DAG file: Airflow prints the path
 # first, or (from 3.2 on) the category. What is raised while a DAG file is imported, and with it
 # our package, these repeat as a UserWarning, whatever it was.
@@ -40,14 +49,42 @@ _WILL_GO = r"\b(?:\w*Deprecat\w*|Future|RemovedIn\w+|User)Warning\b"
 _OUR_WARNING = re.compile(f".*{_OUR_FILE}.*{_WILL_GO}.*|.*{_WILL_GO}.*{_OUR_FILE}.*")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts Airflow, by its fixtures, and what depends on it, by its place as well."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Mark what starts Airflow, by its fixtures, and what depends on it, by its place as well.
+
+    Then, in pytest-xdist's processes, put those tests first that take long.
+    """
     for item in items:
         starts_airflow = "new_airflow_home" in getattr(item, "fixturenames", ())
         if starts_airflow:
             item.add_marker("starts_airflow")
         if starts_airflow or item.path.parent in {_HERE / "airflow", _HERE / "dags"}:
             item.add_marker("airflow")
+    yield  # -m deselects
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        _put_long_tests_first(items)
+
+
+def _put_long_tests_first(items: list[pytest.Item]) -> None:
+    """Order the tests for two processes, so that in the end neither waits for the other.
+
+    Each is given half of the list, and later takes tests over from the end of the other's half. The
+    first one begins with the deployment, the second one with all tests that share an Airflow.
+    """
+
+    def take(wanted: Callable[[pytest.Item], Any]) -> list[pytest.Item]:
+        taken = list(filter(wanted, items))
+        items[:] = [item for item in items if not wanted(item)]
+        return taken
+
+    half = len(items) // 2
+    first = take(lambda item: item.path.name == "test_standalone.py")
+    second = take(lambda item: item.get_closest_marker("starts_airflow"))
+    slow = take(lambda item: item.get_closest_marker("slow"))
+    first += slow[::2]
+    cut = max(0, half - len(first))
+    items[:] = [*first, *items[:cut], *second, *slow[1::2], *items[cut:]]
 
 
 @pytest.fixture
@@ -86,6 +123,7 @@ def new_airflow_home(
             "AIRFLOW__CORE__DAGS_FOLDER": str(home / "dags"),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
             "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
+            "AIRFLOW__CORE__DAGBAG_IMPORT_TIMEOUT": "200",  # Vertex AI's client takes its time
             "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",  # 2.11 warns without it
             # Airflow calls `airflow` by its name.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -157,7 +195,7 @@ class _ForkedAirflow:
         ended, _, _ = select.select([self._process.stdout], [], [], timeout)
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        self._process.stdout.readline()  # its exit status
+        self._process.stdout.readline()
         log = self._log.read_text(encoding="utf-8", errors="replace")
         if not ended:
             pytest.fail(f"{arguments} was still running after {timeout} s:\n{log}")
@@ -207,6 +245,18 @@ def nothing_will_go() -> Callable[[str], None]:
             pytest.fail("\n".join(["what we use will go:", *found]))
 
     return check
+
+
+@pytest.fixture
+def run_airflow(
+    airflow_home: dict[str, str], _forked_airflow: _ForkedAirflow
+) -> Callable[..., str]:
+    """`run_airflow("providers", "list", **env)` runs a command, and returns what it printed."""
+
+    def run(*arguments: str, **env: str) -> str:
+        return _forked_airflow.run([*arguments], airflow_home | env, timeout=120)
+
+    return run
 
 
 @pytest.fixture
@@ -282,10 +332,12 @@ def run_scheduler(airflow_home: dict[str, str]) -> Callable[..., list[FinishedRu
             | env
         )
         _put_alone(dag_file, env)
-        # Before the first `dags test`, which would leave them paused; later it changes nothing.
-        _run([*_AIRFLOW, "dags", "reserialize"], env, timeout=timeout)
-        command = ["scheduler", "--num-runs", str(loops), "--skip-serve-logs"]
-        log = _run([*_AIRFLOW, *command], env, timeout=timeout)
+        commands = [
+            # Before the first `dags test`, which would leave them paused; later it changes nothing.
+            ["dags", "reserialize"],
+            ["scheduler", "--num-runs", str(loops), "--skip-serve-logs"],
+        ]
+        log = _run([sys.executable, "-c", _RUN_COMMANDS, json.dumps(commands)], env, timeout)
         # Only Airflow 2 writes them; on 3 they are part of what the scheduler prints.
         files = sorted(Path(env["AIRFLOW_HOME"], "logs", f"dag_id={dag_id}").rglob("*.log"))
         log = "\n".join([log, *(file.read_text(encoding="utf-8") for file in files)])

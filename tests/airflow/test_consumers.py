@@ -57,7 +57,6 @@ def test_final_pods_and_jobs(run_dag, gcs_server, dataset):
         DAGS / "consumers.py",
         "consumers",
         timeout=240,
-        AIRFLOW__CORE__DAGBAG_IMPORT_TIMEOUT="200",  # Vertex AI's client takes its time to import
         **gcs_server.env(),
         TEST_DATA=str(dataset),
     )

@@ -24,7 +24,7 @@ def late_data(tmp_path):
     return path
 
 
-def test_upload_wait_and_use(airflow_home, run_dag, gcs_server, dataset, late_data):
+def test_upload_wait_and_use(airflow_home, run_airflow, run_dag, gcs_server, dataset, late_data):
     content_hash = Data(str(dataset)).content_hash()
     late_hash = Data(str(late_data)).content_hash()
     # The upload itself asks first; then each of the three sensors is told twice that it is not
@@ -45,16 +45,9 @@ def test_upload_wait_and_use(airflow_home, run_dag, gcs_server, dataset, late_da
         "TEST_CONTENT_HASH": content_hash,
     }
     # A trigger has to fetch such a connection from the thread that may: see CacheTrigger.
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "airflow", "connections", "add", "in_the_database"),
-            *("--conn-type", "google_cloud_platform"),
-            *("--conn-extra", '{"is_anonymous": true, "project": "test-project"}'),
-        ],
-        env=airflow_home,
-        check=True,
-        capture_output=True,
-        timeout=60,
+    run_airflow(
+        *("connections", "add", "in_the_database", "--conn-type", "google_cloud_platform"),
+        *("--conn-extra", '{"is_anonymous": true, "project": "test-project"}'),
     )
     gcs_server.create_bucket("elsewhere")
     gcs_server.put("elsewhere", "train/a", b"1")

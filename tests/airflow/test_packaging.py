@@ -151,74 +151,77 @@ def test_starting_pytest_imports_neither_airflow_nor_what_talks_to_cloud_storage
     assert not heavy & loaded
 
 
-ALL_MODULES = """
-import importlib, json, pkgutil, warnings
+# What is seen of the package in one process that has only just imported Airflow.
+SEEN = """
+import importlib, json, os, pkgutil, sys, warnings
+
+def imported():
+    return [name for name in sys.argv[1:] if name in sys.modules and name not in already]
+
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    import keras_remote_airflow
+    import keras_remote_airflow._compat
+    already = set(sys.modules)
+    seen = {}
+
+    import keras_remote_airflow.plugin
+    seen["by a plugin"] = imported()
+
+    from keras_remote_airflow import *
+    from keras_remote_airflow import consumers, decorators, sensors
+    CacheSensor(task_id="a", content_hash="", bucket_name="b")
+    DataUploadOperator(task_id="b", data="", bucket_name="b")
+    consumers.gcsfuse_pod_kwargs(make_data_ref("gs://bucket/c/", True), "/data")
+    seen["by a DAG file"] = imported()
+
+    for default in "true", "false":
+        os.environ["AIRFLOW__OPERATORS__DEFAULT_DEFERRABLE"] = default
+        importlib.reload(sensors)
+        kinds = {}, {"deferrable": True}, {"deferrable": False}
+        seen[f"deferrable by default: {default}"] = [
+            sensors.CacheSensor(task_id="a", content_hash="", bucket_name="b", **kind).deferrable
+            for kind in kinds
+        ]
+
     for module in pkgutil.walk_packages(keras_remote_airflow.__path__, "keras_remote_airflow."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    from keras_remote_airflow import *
     from keras_remote_airflow._compat import make_gcs_hook
-print(json.dumps([str(w.message) for w in caught if "keras_remote_airflow" in w.filename]))
+seen["warnings"] = [str(w.message) for w in caught if "keras_remote_airflow" in w.filename]
+print(json.dumps(seen))
 """
+HEAVY = [
+    "airflow.providers.google.cloud.hooks.gcs",
+    "aiohttp",
+    "google.cloud.storage",
+    "google_crc32c",
+    "requests",
+    "tqdm",
+    "keras_remote_airflow.core.disk.hashing",
+    "keras_remote_airflow.core.cloud.gcs",
+    "keras_remote_airflow.core.cloud.transport",
+]
 
 
-def test_no_module_of_ours_warns_on_import(airflow_home):
-    assert json.loads(run(ALL_MODULES, airflow_home)) == []
+@pytest.fixture(scope="module")
+def seen(airflow_home):
+    return json.loads(run(SEEN, airflow_home, *HEAVY))
 
 
-IMPORTED_BY_AIRFLOW = """
-import json, sys
-import keras_remote_airflow._compat
-already = set(sys.modules)
-"""
-WRITTEN = """
-from keras_remote_airflow import *
-from keras_remote_airflow import consumers, decorators
-CacheSensor(task_id="a", content_hash="", bucket_name="b")
-DataUploadOperator(task_id="b", data="", bucket_name="b")
-consumers.gcsfuse_pod_kwargs(make_data_ref("gs://bucket/c/", True), "/data")
-"""
-SHOW_IMPORTED = """
-print(json.dumps([name for name in sys.argv[1:] if name in sys.modules and name not in already]))
-"""
+def test_no_module_of_ours_warns_on_import(seen):
+    assert seen["warnings"] == []
 
 
-@pytest.mark.parametrize(
-    "code", [WRITTEN, "import keras_remote_airflow.plugin"], ids=["dag file", "plugin"]
-)
+@pytest.mark.parametrize("user", ["a DAG file", "a plugin"])
 def test_neither_a_dag_file_nor_airflow_pays_for_the_google_provider_or_the_transfer_code(
-    airflow_home, code
+    seen, user
 ):
-    heavy = [
-        "airflow.providers.google.cloud.hooks.gcs",
-        "aiohttp",
-        "google.cloud.storage",
-        "google_crc32c",
-        "requests",
-        "tqdm",
-        "keras_remote_airflow.core.disk.hashing",
-        "keras_remote_airflow.core.cloud.gcs",
-        "keras_remote_airflow.core.cloud.transport",
-    ]
-    assert json.loads(run(IMPORTED_BY_AIRFLOW + code + SHOW_IMPORTED, airflow_home, *heavy)) == []
-
-
-DEFERRABLE = """
-import json
-from keras_remote_airflow import CacheSensor
-kinds = {}, {"deferrable": True}, {"deferrable": False}
-sensors = [CacheSensor(task_id="a", content_hash="", bucket_name="b", **kind) for kind in kinds]
-print(json.dumps([sensor.deferrable for sensor in sensors]))
-"""
+    assert seen[f"by {user}"] == []
 
 
 @pytest.mark.parametrize("default", [True, False])
-def test_a_sensor_defers_by_airflows_default_unless_it_is_told(airflow_home, default):
-    env = airflow_home | {"AIRFLOW__OPERATORS__DEFAULT_DEFERRABLE": str(default).lower()}
-    assert json.loads(run(DEFERRABLE, env)) == [default, True, False]
+def test_a_sensor_defers_by_airflows_default_unless_it_is_told(seen, default):
+    assert seen[f"deferrable by default: {str(default).lower()}"] == [default, True, False]
 
 
 BARE = """
@@ -246,21 +249,21 @@ def test_what_is_optional_is_not_needed(airflow_home, gcs_server, dataset):
     assert json.loads(ref)["is_dir"] is True
 
 
-def airflow_lists(env, *command):
-    done = subprocess.run(
-        [sys.executable, "-m", "airflow", *command, "--output", "json"],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert "[{" in done.stdout, done.stderr
-    # Not what Airflow logs before it.
-    return json.loads(done.stdout[done.stdout.index("[{") :]), done.stderr
+@pytest.fixture
+def airflow_lists(run_airflow):
+    """`airflow_lists("plugins", **env)` returns what Airflow lists, and what it logs besides."""
+
+    def run(*command, **env):
+        said = run_airflow(*command, "--output", "json", **env)
+        start, end = said.find("[{"), said.rfind("}]") + 2
+        assert start >= 0, said
+        return json.loads(said[start:end]), said[:start] + said[end:]
+
+    return run
 
 
-def test_airflow_lists_the_provider(airflow_home):
-    providers, _ = airflow_lists(airflow_home, "providers", "list")
+def test_airflow_lists_the_provider(airflow_lists):
+    providers, _ = airflow_lists("providers", "list")
     assert "keras-remote-airflow" in [provider["package_name"] for provider in providers]
 
 
@@ -283,11 +286,10 @@ def test_airflow_passes_over_the_plugin_in_silence_where_the_package_cannot_work
 
 
 @pytest.mark.parametrize("lazy", ["True", "False"])
-def test_airflow_lists_the_plugin_whether_or_not_it_loads_those_of_providers(airflow_home, lazy):
-    env = airflow_home | {"AIRFLOW__CORE__LAZY_DISCOVER_PROVIDERS": lazy}
-    plugins, errors = airflow_lists(env, "plugins")
-    assert [plugin["name"] for plugin in plugins].count("keras_remote") == 1, errors
-    assert "keras_remote" not in errors
+def test_airflow_lists_the_plugin_whether_or_not_it_loads_those_of_providers(airflow_lists, lazy):
+    plugins, log = airflow_lists("plugins", AIRFLOW__CORE__LAZY_DISCOVER_PROVIDERS=lazy)
+    assert [plugin["name"] for plugin in plugins].count("keras_remote") == 1, log
+    assert "keras_remote" not in log
 
 
 def test_provider_info_names_things_that_exist():

@@ -173,6 +173,9 @@ def _standalone(env):
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": worker_logs,
         "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": trigger_logs,
         # Airflow 3
+        # For as long a worker may overlook that a task has ended. The default is 5 s.
+        "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
+        "AIRFLOW__CORE__PARALLELISM": "4",  # it starts as many workers
         "AIRFLOW__API__PORT": api,
         "AIRFLOW__API__BASE_URL": f"http://localhost:{api}",
         "AIRFLOW__API_AUTH__JWT_SECRET": "j" * 64,  # 3.2 makes one for each process
@@ -216,7 +219,7 @@ def _stop(leader):
     """End the process with all that it started, some of which has left its process group."""
     leader.send_signal(signal.SIGINT)  # then it stops its components, and waits for them
     with suppress(subprocess.TimeoutExpired):
-        leader.wait(timeout=15)
+        leader.wait(timeout=5)
     while members := [pid for pid in psutil.pids() if _session_of(pid) == leader.pid]:
         for pid in members:
             with suppress(ProcessLookupError):

@@ -82,10 +82,10 @@ def ours(job: Job) -> Actions:
     # A first import is no part of what is measured.
     from keras_remote_airflow.core.cloud import gcs  # noqa: F401
     from keras_remote_airflow.core.datasets import upload as uploading
-    from keras_remote_airflow.core.disk import hashing  # noqa: F401
+    from keras_remote_airflow.core.disk import hashing, index  # noqa: F401
 
     client = storage.Client(project=PROJECT)
-    index = {"hash_index": os.path.join(job.scratch, "index")}
+    indexed = {"hash_index": os.path.join(job.scratch, "index")}
 
     def upload(**options: Any) -> str:
         return uploading.upload_data(BUCKET, Data(job.path), client=client, **options)
@@ -102,11 +102,11 @@ def ours(job: Job) -> Actions:
         "hash": lambda: Data(job.path).content_hash(),
         "upload": upload,
         "hit": upload,
-        "index": lambda: upload(**index),
-        "unchanged": lambda: upload(**index),
+        "index": lambda: upload(**indexed),
+        "unchanged": lambda: upload(**indexed),
         "materialize": fetch,
         "plan": plan,
-        "plan+index": lambda: plan(**index),
+        "plan+index": lambda: plan(**indexed),
     }
 
 
