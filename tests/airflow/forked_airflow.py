@@ -84,7 +84,7 @@ def _make_the_api_of_tasks() -> None:
             await client.get("/nothing")
 
     asyncio.run(ask())
-    supervisor.in_process_api_server = lambda: api
+    supervisor.in_process_api_server = lambda: api  # type: ignore[assignment]  # is cached
 
 
 with suppress(ImportError):  # Airflow 2
