@@ -113,12 +113,11 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
             "op_kwargs": op_kwargs,
         }
         super().__init__(**function, kwargs_to_upstream=function, **kwargs)
-        # Any: the templates are rendered before `execute` reads these.
         self.cache_dir = to_template("cache_dir", cache_dir)
         self.cache_max_bytes = cache_max_bytes
-        self.gcp_conn_id: Any = gcp_conn_id
-        self.impersonation_chain: Any = impersonation_chain
-        self.user_project: Any = user_project
+        self.gcp_conn_id = to_template("gcp_conn_id", gcp_conn_id)
+        self.impersonation_chain: Any = impersonation_chain  # a list is one chain
+        self.user_project = to_template("user_project", user_project)
 
     def execute(self, context: Context) -> Any:
         self._running = True
