@@ -19,6 +19,7 @@ TESTED := --editable '.[demo]' --group test --group optional
 EVERYTHING := $(TESTED) --group lint --group coverage
 $(foreach line,$(AIRFLOWS),$(eval INSTALLS_$(line) := $(TESTED)))
 INSTALLS_$(NEWEST) := $(EVERYTHING)
+INSTALLS_2.11 := $(TESTED) 'mypy>=1.14'   # what a user's project does with the package is type-checked
 BENCHED := --editable '.[airflow]' --group bench
 CORE := --editable . --group test
 INSTALLS_kinetic := keras-kinetic==0.0.4 $(CORE)
@@ -179,5 +180,5 @@ $(VENV)-light/.installed: $(VENV)/.uv
 $(VENV)-%/.installed: $(VENV)/.uv pyproject.toml constraints/airflow-%.txt
 	@echo "Installing Airflow $* and the tools into $(VENV)-$* ..."
 	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-$*
-	@$(UV) pip install --quiet --python $(VENV)-$*/bin/python --constraint constraints/airflow-$*.txt $(TESTED)
+	@$(UV) pip install --quiet --python $(VENV)-$*/bin/python --constraint constraints/airflow-$*.txt $(or $(INSTALLS_$*),$(TESTED))
 	@touch $@

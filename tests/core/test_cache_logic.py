@@ -155,6 +155,33 @@ def test_marker_of_a_faster_uploader_is_accepted(snapshot, key):
     assert store.written == []
 
 
+class OvertakenStore(MemoryStore):
+    """Has all of the data as soon as the first files are sent: another uploader was faster."""
+
+    def __init__(self, key: CacheKey, snapshot: Snapshot) -> None:
+        super().__init__()
+        self.tried = 0
+        self._key, self._snapshot = key, snapshot
+
+    def upload(self, files, done, moved=ignore_moved):
+        for number in range(len(self._snapshot) if not self.tried else 0):
+            file = self._snapshot.record(number)
+            with open(self._snapshot.local_path(file.path), "rb") as local:
+                self.replace(self._key.object_name(file.path), local.read(), file.digest.hex())
+        files = list(files)
+        self.tried += len(files)
+        super().upload(files, done, moved)
+
+
+def test_what_a_faster_uploader_stores_meanwhile_is_listed_and_not_tried_file_by_file(tree):
+    snapshot = take_snapshot(str(tree({f"{number:03}": str(number) for number in range(300)})))
+    key = CacheKey("memory-bucket", "default", snapshot.content_hash)
+    store = OvertakenStore(key, snapshot)
+    assert put(store, key, snapshot).files == 0
+    assert store.tried + store.calls.count("list_page") < 30
+    assert whole(store, key, snapshot, "full")
+
+
 def test_garbage_in_the_markers_place_is_no_success(snapshot, key):
     store = MemoryStore()
     store.replace(key.marker_name, b"garbage")

@@ -160,7 +160,7 @@ MUTATIONS = {
         "core/datasets/upload.py",
         " and found_there <= len(snapshot) // _PAGE_OBJECTS:",
         ":",
-        "test_many.py",
+        "../core/test_cache_logic.py",
     ),
 }
 
