@@ -15,12 +15,12 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 
-from . import listing
 from .batch import batch_reply
 from .buckets import DENIABLE, Buckets
 from .calls import Call, Receiver, Reply, error_reply, json_reply, parse_json
 from .errors import ApiError, invalid, not_allowed, not_found, required
 from .fields import parse_fields
+from .listing import list_page
 from .objects import (
     SETTABLE,
     NewObject,
@@ -28,7 +28,6 @@ from .objects import (
     changed_fields,
     check_name,
     check_preconditions,
-    whole_number,
 )
 from .resources import bucket_resource, object_reply, object_resource
 from .unsupported import bucket_settings, refuse_object_settings, refuse_parameters, refuse_path
@@ -69,8 +68,7 @@ class Api:
         try:
             match call.parts:
                 case ["upload", "storage", "v1", "b", bucket, "o"]:
-                    _check_parameters(call, "object")
-                    self._need_payer(call, bucket)
+                    self._check(call, "object", bucket)
                     return self._uploads.receive(call, bucket)
                 case ["batch", "storage", "v1"] if call.method == "POST":
                     return Receiver(lambda: batch_reply(call, answer_batched), call.body.extend)
@@ -82,45 +80,51 @@ class Api:
 
     def answer(self, call: Call) -> Reply:
         """Answer a request whose body is in `call.body`. May raise ApiError."""
+        # Split before decoding: the name of an object may contain an encoded slash.
         parts = call.parts
-        _check_parameters(call, _answered_kind(parts, call.reads))
-        match parts:
-            case ["storage", "v1", "b"] | ["storage", "v1", "b", ""]:
-                return self._list_or_create_buckets(call)
-            case ["storage", "v1", "b", bucket, *rest]:
-                self._need_payer(call, bucket)
-                return self._answer_in(call, bucket, rest)
-            case ["download", "storage", "v1", "b", bucket, "o", name] if call.reads:
-                self._need_payer(call, bucket)
-                return self._get(call, bucket, name)
+        match parts[1:] if parts[0] == "download" and call.reads else parts:
+            case ["storage", "v1", "b", *where]:
+                found = self._route(call, where)
+                if found is not None:
+                    kind, answer = found
+                    self._check(call, kind, *where[:1])
+                    return answer()
         refuse_path(parts)
         raise not_found()
 
-    def _answer_in(self, call: Call, bucket: str, rest: list[str]) -> Reply:
-        """Answer a request about one bucket; `rest` of the path follows its name."""
-        match rest:
-            case []:
-                return self._bucket(call, bucket)
-            case ["iam"] if call.reads:
-                self._buckets[bucket]  # 404 if there is none
-                return json_reply(call, {"kind": "storage#policy", "bindings": [], "version": 1})
-            case ["iam", "testPermissions"] if call.reads:
-                return self._test_permissions(call, bucket)
-            case ["o"] if call.reads:
-                return self._list(call, bucket)
-            case ["o", name]:
-                return self._object(call, bucket, name)
-            case ["o", name, "compose"] if call.method == "POST":
-                return self._compose(call, bucket, name)
-            case ["o", name, "moveTo", "o", target] if call.method == "POST":
-                return self._move(call, bucket, name, target)
-            case ["o", name, "copyTo" | "rewriteTo", "b", other, "o", target] if (
+    def _route(self, call: Call, where: list[str]) -> tuple[str, Callable[[], Reply]] | None:
+        """What the answer describes, as `parse_fields` calls it, and what gives it."""
+        match where:
+            case [] | [""]:
+                kind = "buckets" if call.reads else "bucket"
+                return kind, lambda: self._list_or_create_buckets(call)
+            case [bucket]:
+                return "bucket", lambda: self._bucket(call, bucket)
+            case [bucket, "iam"] if call.reads:
+                return "iam", lambda: self._policy(call, bucket)
+            case [bucket, "iam", "testPermissions"] if call.reads:
+                return "iam", lambda: self._test_permissions(call, bucket)
+            case [bucket, "o"] if call.reads:
+                return "objects", lambda: self._list(call, bucket)
+            case [bucket, "o", name]:
+                return "object", lambda: self._object(call, bucket, name)
+            case [bucket, "o", name, "compose"] if call.method == "POST":
+                return "object", lambda: self._compose(call, bucket, name)
+            case [bucket, "o", name, "moveTo", "o", target] if call.method == "POST":
+                return "object", lambda: self._move(call, bucket, name, target)
+            case [bucket, "o", name, "copyTo" | "rewriteTo" as verb, "b", other, "o", target] if (
                 call.method == "POST"
             ):
-                self._need_payer(call, other)
-                return self._copy(call, bucket, name, other, target)
-        refuse_path(call.parts)
-        raise not_found()
+                kind = "object" if verb == "copyTo" else verb
+                return kind, lambda: self._copy(call, bucket, name, other, target)
+        return None
+
+    def _check(self, call: Call, kind: str, bucket: str = "") -> None:
+        """Raise 400 for parameters that are not supported or wrong, before anything is done."""
+        refuse_parameters(call)
+        if call.query.get("fields"):
+            call.field_tree = parse_fields(call.query["fields"], kind)
+        self._need_payer(call, bucket)
 
     def _need_payer(self, call: Call, bucket: str) -> None:
         """Raise 400 if the bucket wants a project to bill and the call names none.
@@ -136,24 +140,20 @@ class Api:
     # Buckets.
 
     def _list_or_create_buckets(self, call: Call) -> Reply:
-        if call.method == "POST":
-            self._buckets.need("bucket_create")
-            resource = parse_json(call.body)
-            name = resource.get("name")
-            if not isinstance(name, str):
-                raise required("name")
-            bucket = self._buckets.create_bucket(name, bucket_settings(resource))
-            return json_reply(call, bucket_resource(bucket, call.base_url))
-        if not call.reads:
+        def resource(name: str) -> dict[str, Any]:
+            return bucket_resource(self._buckets[name], call.base_url)
+
+        if call.reads:
+            return _list_reply(call, "storage#buckets", self._buckets.names(), resource)
+        if call.method != "POST":
             raise not_allowed(call.method)
-        query = listing.ListingQuery(
-            prefix=call.query.get("prefix", ""),
-            after=_page_token(call),
-            max_results=_limit(call),
-        )
-        page = listing.list_page(self._buckets.names(), query)
-        items = [bucket_resource(self._buckets[name], call.base_url) for name in page.names]
-        return json_reply(call, _page("storage#buckets", items, page))
+        self._buckets.need("bucket_create")
+        wanted = parse_json(call.body)
+        name = wanted.get("name")
+        if not isinstance(name, str):
+            raise required("name")
+        self._buckets.create_bucket(name, bucket_settings(wanted))
+        return json_reply(call, resource(name))
 
     def _bucket(self, call: Call, name: str) -> Reply:
         if call.reads:
@@ -177,6 +177,10 @@ class Api:
         reply = json_reply(call, bucket_resource(bucket, call.base_url))
         return replace(reply, headers={**reply.headers, "ETag": bucket.etag})
 
+    def _policy(self, call: Call, bucket: str) -> Reply:
+        self._buckets[bucket]  # 404 if there is none
+        return json_reply(call, {"kind": "storage#policy", "bindings": [], "version": 1})
+
     def _test_permissions(self, call: Call, bucket: str) -> Reply:
         self._buckets[bucket]  # 404 if there is none
         asked = parse_qs(call.query_string).get("permissions", [])
@@ -190,32 +194,15 @@ class Api:
     def _list(self, call: Call, bucket_name: str) -> Reply:
         self._buckets.need("list")
         bucket = self._buckets[bucket_name]
-        query = call.query
-        page = listing.list_page(
-            bucket.names(),
-            listing.ListingQuery(
-                prefix=query.get("prefix", ""),
-                delimiter=query.get("delimiter", ""),
-                start=query.get("startOffset", ""),
-                end=query.get("endOffset", ""),
-                after=_page_token(call),
-                glob=query.get("matchGlob", ""),
-                include_trailing_delimiter=query.get("includeTrailingDelimiter", "").lower()
-                == "true",
-                max_results=_limit(call),
-            ),
-        )
         wanted = call.field_tree.get("items", {})
-        items = [
-            object_resource(bucket.objects[name], bucket, call.base_url, wanted)
-            for name in page.names
-        ]
-        if lacking := self._buckets.listings_lack:
-            items = [{k: v for k, v in item.items() if k not in lacking} for item in items]
-        answer = _page("storage#objects", items, page)
-        if page.prefixes:
-            answer["prefixes"] = page.prefixes
-        return json_reply(call, answer)
+
+        def resource(name: str) -> dict[str, Any]:
+            item = object_resource(bucket.objects[name], bucket, call.base_url, wanted)
+            for key in self._buckets.listings_lack:
+                item.pop(key, None)
+            return item
+
+        return _list_reply(call, "storage#objects", bucket.names(), resource)
 
     def _object(self, call: Call, bucket: str, name: str) -> Reply:
         if call.reads:
@@ -319,6 +306,7 @@ class Api:
     def _copy(
         self, call: Call, source_bucket: str, source_name: str, bucket: str, name: str
     ) -> Reply:
+        self._need_payer(call, bucket)
         call.object_name = name
         generation = call.query.get("sourceGeneration")
         source = self._source(call, source_bucket, source_name, generation)
@@ -371,29 +359,6 @@ def answer_or_error(call: Call, answer: Callable[[], Reply]) -> Reply:
         return error_reply(ApiError(500, "internalError", "Internal error: see the log"))
 
 
-def _check_parameters(call: Call, kind: str) -> None:
-    """Raise 400 for parameters that are not supported or wrong, before anything is done."""
-    refuse_parameters(call)
-    if call.query.get("fields"):
-        call.field_tree = parse_fields(call.query["fields"], kind)
-
-
-def _answered_kind(parts: list[str], reads: bool) -> str:
-    """What the answer describes, as `parse_fields` calls it."""
-    match parts[3:]:
-        case [] | [""]:
-            return "buckets" if reads else "bucket"
-        case [_]:
-            return "bucket"
-        case [_, "o"]:
-            return "objects"
-        case [_, "iam", *_]:
-            return "iam"
-        case [_, "o", _, "rewriteTo", *_]:
-            return "rewriteTo"
-    return "object"
-
-
 def parse_range(header: str, size: int) -> tuple[int, int] | None:
     """First byte and end of a `Range` header; None for the whole. An empty range is not
     satisfiable. Malformed headers and several ranges are ignored (RFC 9110, 14.2)."""
@@ -432,23 +397,14 @@ def _header_value(value: object) -> str:
     return re.sub(r"[\x00-\x1f\x7f]", " ", text)
 
 
-def _page(kind: str, items: list[dict[str, Any]], page: listing.ListingPage) -> dict[str, Any]:
-    answer: dict[str, Any] = {"kind": kind}
-    if page.next is not None:
-        answer["nextPageToken"] = page.next
-    if items:
-        answer["items"] = items
-    return answer
-
-
-def _limit(call: Call) -> int:
-    asked = whole_number(call.query, "maxResults") if call.query.get("maxResults") else None
-    return min(asked or listing.MAX_RESULTS, listing.MAX_RESULTS)
-
-
-def _page_token(call: Call) -> str:
-    token = call.query.get("pageToken", "")
-    try:
-        return listing.decode_token(token) if token else ""
-    except ValueError:
-        raise invalid(f"Invalid value for pageToken: {token!r}") from None
+def _list_reply(
+    call: Call, kind: str, names: list[str], resource: Callable[[str], dict[str, Any]]
+) -> Reply:
+    """One page of a listing of sorted names."""
+    page = list_page(names, call.query)
+    answer = {
+        "nextPageToken": page.next,
+        "items": [resource(name) for name in page.names],
+        "prefixes": page.prefixes,
+    }
+    return json_reply(call, {"kind": kind, **{k: v for k, v in answer.items() if v}})

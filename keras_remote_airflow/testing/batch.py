@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from email import message_from_bytes
 from email.message import Message
+from http.client import responses
 
 from .calls import Call, Reply
 from .errors import invalid
@@ -27,7 +28,7 @@ def batch_reply(call: Call, answer: Callable[[Call], Reply]) -> Reply:
         head = [f"--{boundary}", "Content-Type: application/http"]
         if "content-id" in part:
             head.append(f"Content-ID: <response-{part['content-id'].strip('<>')}>")
-        head += ["", f"HTTP/1.1 {reply.status} {reply.reason}"]
+        head += ["", f"HTTP/1.1 {reply.status} {responses.get(reply.status, '')}"]
         head += [f"{name}: {value}" for name, value in fields.items()]
         lines += ["\r\n".join(head).encode(), b"", body]
     lines += [f"--{boundary}--".encode(), b""]

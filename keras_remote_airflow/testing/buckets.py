@@ -191,10 +191,12 @@ class Buckets:
     def put(self, bucket: str, new: NewObject, body: Body) -> StoredObject:
         """Store bytes, overwriting what is there; 400 if a declared hash differs."""
         stored = self._stored(bucket, new, body, body.crc32c)
-        if self.checks_hashes:
-            _check_hash("CRC32C", new.crc32c, stored.crc32c)
-            if new.md5 is not None:
-                _check_hash("MD5 hash", new.md5, stored.md5)
+        for name, declared in new.hashes if self.checks_hashes else ():
+            if declared != (actual := getattr(stored, name)):
+                kind = "CRC32C" if name == "crc32c" else "MD5 hash"
+                raise invalid(
+                    f'Provided {kind} "{declared}" doesn\'t match calculated {kind} "{actual}".'
+                )
         return self._keep(stored)
 
     def delete(self, stored: StoredObject) -> None:
@@ -299,11 +301,6 @@ class Buckets:
                 stored = StoredObject(bucket=bucket.name, body=body, **values)
                 bucket.add(stored)
                 self._clock = max(self._clock, stored.generation, stored.updated)
-
-
-def _check_hash(kind: str, declared: str | None, actual: str | None) -> None:
-    if declared not in (None, actual):
-        raise invalid(f'Provided {kind} "{declared}" doesn\'t match calculated {kind} "{actual}".')
 
 
 def _fields(value: Bucket | StoredObject, *without: str) -> dict[str, Any]:

@@ -3,15 +3,12 @@
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import InitVar, dataclass, field
-from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote, unquote_plus
 
 from .errors import ApiError
 from .fields import Tree, select
 
-_REASONS = {status.value: status.phrase for status in HTTPStatus}
-_REASONS |= {308: "Resume Incomplete", 499: "Client Closed Request"}
 _JSON = {"Content-Type": "application/json; charset=UTF-8"}
 _PLAIN = {"Content-Type": "text/plain; charset=UTF-8"}
 
@@ -81,11 +78,6 @@ class Reply:
     def __post_init__(self) -> None:
         if self.stream is None:
             self.length = len(self.body)
-
-    @property
-    def reason(self) -> str:
-        """The words after the status."""
-        return _REASONS.get(self.status, "Unknown")
 
     @property
     def pieces(self) -> Iterable[bytes]:

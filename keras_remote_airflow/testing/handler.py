@@ -21,7 +21,6 @@ from .faults import Fault, Faults
 
 # Answers up to this size are sent whole, in one write with their headers.
 _WHOLE_BYTES = 64 * 1024
-_WRITE_BYTES = 1024 * 1024
 
 
 class Handler:
@@ -133,17 +132,20 @@ async def _send(
     if up_to is None and reply.length <= _WHOLE_BYTES:
         return web.Response(
             status=reply.status,
-            reason=reply.reason,
             headers=reply.headers,
             body=b"".join(reply.pieces),
         )
-    response = web.StreamResponse(status=reply.status, reason=reply.reason, headers=reply.headers)
+    response = web.StreamResponse(status=reply.status, headers=reply.headers)
     response.content_length = reply.length
     try:
         await response.prepare(request)
         if request.method != "HEAD":
-            for piece in _in_pieces(reply.pieces, reply.length if up_to is None else up_to):
-                await response.write(piece)
+            left = reply.length if up_to is None else up_to
+            for piece in reply.pieces:
+                await response.write(piece[:left])
+                left -= len(piece)
+                if left <= 0:
+                    break
     except ConnectionError:
         pass  # the client has gone
     return response
@@ -182,16 +184,6 @@ def _drop(request: web.BaseRequest) -> web.Response:
     if request.transport is not None:
         request.transport.abort()
     return web.Response()
-
-
-def _in_pieces(pieces: Iterable[bytes], up_to: int) -> Iterator[bytes]:
-    """The first bytes of a body, in pieces of bounded size."""
-    for piece in pieces:
-        for start in range(0, min(len(piece), up_to), _WRITE_BYTES):
-            yield piece[start : min(start + _WRITE_BYTES, up_to)]
-        up_to -= len(piece)
-        if up_to <= 0:
-            return
 
 
 def _flip_bit(pieces: Iterable[bytes], at: int) -> Iterator[bytes]:

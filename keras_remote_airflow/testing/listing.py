@@ -5,32 +5,19 @@ which is how Python compares `str`.
 """
 
 import base64
-import binascii
 import functools
 import re
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
-MAX_RESULTS = 1000  # https://cloud.google.com/storage/docs/json_api/v1/objects/list#parameters
+from .errors import invalid
+from .objects import whole_number
 
-
-@dataclass(frozen=True, slots=True)
-class ListingQuery:
-    """The parameters of a listing; `start` is inclusive, `end` exclusive."""
-
-    prefix: str = ""
-    delimiter: str = ""
-    start: str = ""
-    end: str = ""
-    after: str = ""
-    glob: str = ""
-    include_trailing_delimiter: bool = False
-    max_results: int = MAX_RESULTS
+MAX_RESULTS = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class ListingPage:
+class Page(NamedTuple):
     """Names and common prefixes of one page; `next` is the token of the following one."""
 
     names: list[str]
@@ -38,34 +25,44 @@ class ListingPage:
     next: str | None
 
 
-def list_page(names: list[str], query: ListingQuery) -> ListingPage:
-    """One page of a sorted list of names. Costs a bisection and the page, not the whole list."""
+def list_page(names: list[str], query: Mapping[str, str]) -> Page:
+    """One page of a sorted list of names. Costs a bisection and the page, not the whole list.
+
+    The parameters are those of a request:
+    https://cloud.google.com/storage/docs/json_api/v1/objects/list#parameters
+    """
+    prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+    end, after = query.get("endOffset", ""), _decode_token(query.get("pageToken", ""))
+    with_trailing = query.get("includeTrailingDelimiter", "").lower() == "true"
+    asked = whole_number(query, "maxResults") if query.get("maxResults") else None
+    size = min(asked or MAX_RESULTS, MAX_RESULTS)
     found: list[str] = []
     prefixes: list[str] = []
     last = ""
-    index = bisect_left(names, max(query.prefix, query.start, query.after))
-    wanted = _glob_matcher(query.glob)
+    index = bisect_left(names, max(prefix, query.get("startOffset", ""), after))
+    wanted = _glob_matcher(query.get("matchGlob", ""))
     while index < len(names):
         name = names[index]
-        if not name.startswith(query.prefix) or (query.end and name >= query.end):
+        if not name.startswith(prefix) or (end and name >= end):
             break
-        if name == query.after or (wanted is not None and not wanted(name)):
+        if name == after or (wanted is not None and not wanted(name)):
             index += 1
             continue
         common = ""
-        if query.delimiter:
-            at = name.find(query.delimiter, len(query.prefix))
+        if delimiter:
+            at = name.find(delimiter, len(prefix))
             if at >= 0:
-                common = name[: at + len(query.delimiter)]
-        if common and query.after.startswith(common):
+                common = name[: at + len(delimiter)]
+        if common and after.startswith(common):
             # The page before ended inside this prefix, which it has shown.
             index = bisect_left(names, _successor(common), index)
             continue
-        if len(found) + len(prefixes) >= query.max_results:
-            return ListingPage(found, prefixes, encode_token(last))
+        if len(found) + len(prefixes) >= size:
+            token = base64.urlsafe_b64encode(b"after:" + last.encode()).decode()
+            return Page(found, prefixes, token)
         if common:
             prefixes.append(common)
-            if query.include_trailing_delimiter and name == common:
+            if with_trailing and name == common:
                 found.append(name)
             index = bisect_left(names, _successor(common), index)
             last = common
@@ -73,7 +70,7 @@ def list_page(names: list[str], query: ListingQuery) -> ListingPage:
             found.append(name)
             index += 1
             last = name
-    return ListingPage(found, prefixes, None)
+    return Page(found, prefixes, None)
 
 
 def _successor(prefix: str) -> str:
@@ -84,22 +81,16 @@ def _successor(prefix: str) -> str:
     return chr(0x10FFFF) * (len(prefix) + 1024)
 
 
-def encode_token(last: str) -> str:
-    return base64.urlsafe_b64encode(b"after:" + last.encode()).decode()
-
-
-def decode_token(token: str) -> str:
-    """The last name or prefix of the page that gave this token.
-
-    Raises:
-        ValueError: no listing gave this token.
-    """
+def _decode_token(token: str) -> str:
+    """The last name or prefix of the page that gave this token; 400 if no listing did."""
+    if not token:
+        return ""
     try:
         text = base64.urlsafe_b64decode(token.encode("ascii")).decode()
-    except (binascii.Error, UnicodeError) as exc:
-        raise ValueError(token) from exc
+    except ValueError:
+        text = ""
     if not text.startswith("after:"):
-        raise ValueError(token)
+        raise invalid(f"Invalid value for pageToken: {token!r}")
     return text.removeprefix("after:")
 
 

@@ -4,7 +4,6 @@ https://cloud.google.com/storage/docs/json_api/v1/objects
 """
 
 import base64
-import binascii
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -162,15 +161,14 @@ def whole_number(values: Mapping[str, Any], name: str) -> int | None:
 class NewObject:
     """What a writer says about an object beside its bytes.
 
-    `crc32c` and `md5` are declared by the client (base64): bytes that differ are refused.
+    `hashes` are what the client declared, as ("crc32c" or "md5", base64): other bytes are refused.
     """
 
     name: str
     content_type: str | None = None
     metadata: dict[str, str] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    crc32c: str | None = None
-    md5: str | None = None
+    hashes: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def from_resource(cls, resource: Mapping[str, Any], query: Mapping[str, str]) -> Self:
@@ -185,14 +183,13 @@ class NewObject:
         check_name(name)
         if "contentEncoding" in query:
             resource = {**resource, "contentEncoding": query["contentEncoding"]}
-        crc32c, md5 = _text(resource, "crc32c"), _text(resource, "md5Hash")
+        declared = {"crc32c": _text(resource, "crc32c"), "md5": _text(resource, "md5Hash")}
         return cls(
             name=name,
             content_type=_text(resource, "contentType"),
             metadata=custom_metadata(resource.get("metadata")),
             settings=object_settings(resource),
-            crc32c=None if crc32c is None else checked_hash(crc32c, "crc32c"),
-            md5=None if md5 is None else checked_hash(md5, "md5"),
+            hashes=_checked_hashes(declared),
         )
 
     @classmethod
@@ -201,13 +198,20 @@ class NewObject:
         settings = {key: value for key, value in source.settings.items() if key not in HOLDS}
         return cls(name, source.content_type, source.metadata, settings)
 
-    def with_hashes(self, declared: Mapping[str, str]) -> Self:
-        """Add hashes declared in a header; a contradiction with the metadata is 400."""
-        crc32c, md5 = declared.get("crc32c"), declared.get("md5")
-        for ours, theirs in ((self.crc32c, crc32c), (self.md5, md5)):
-            if ours is not None and theirs is not None and ours != theirs:
-                raise invalid(f"Two different hashes were declared: {ours!r} and {theirs!r}.")
-        return replace(self, crc32c=self.crc32c or crc32c, md5=self.md5 or md5)
+    def with_hashes(self, headers: Mapping[str, str], *, of_body: bool = False) -> Self:
+        """Add the hashes declared in `X-Goog-Hash`; `of_body` adds `Content-MD5`.
+
+        Raises:
+            ApiError: 400 when one is not base64 of the right length.
+        """
+        declared: dict[str, str | None] = {}
+        for part in headers.get("x-goog-hash", "").split(","):
+            name, _, value = part.partition("=")
+            declared[name.strip().lower()] = value.strip() or None
+        if of_body and "content-md5" in headers:
+            declared["md5"] = headers["content-md5"]
+        hashes = _checked_hashes(declared)
+        return replace(self, hashes=self.hashes + hashes) if hashes else self
 
 
 def changed_fields(
@@ -285,30 +289,18 @@ def check_name(name: str) -> None:
         raise invalid(f"Disallowed object name: {name!r}")
 
 
-def declared_hashes(headers: Mapping[str, str], *, of_body: bool = False) -> dict[str, str]:
-    """The hashes in `X-Goog-Hash`, by "crc32c" and "md5"; `of_body` adds `Content-MD5`.
-
-    Raises:
-        ApiError: 400 when one is not base64 of the right length.
-    """
-    declared: dict[str, str] = {}
-    for part in headers.get("x-goog-hash", "").split(","):
-        name, equals, value = part.strip().partition("=")
-        if equals:
-            declared[name.strip().lower()] = value.strip()
-    if of_body and "content-md5" in headers:
-        declared["md5"] = headers["content-md5"]
-    return {name: checked_hash(declared[name], name) for name in _HASH_BYTES if name in declared}
-
-
-def checked_hash(value: str, name: str) -> str:
-    """Raise 400 unless `value` is base64 of a hash of that kind."""
-    try:
-        right = len(base64.b64decode(value, validate=True)) == _HASH_BYTES[name]
-    except (binascii.Error, ValueError):
-        right = False
-    if not right:
-        raise invalid(
-            f"Invalid value for {name}: {value!r} is not base64 of {_HASH_BYTES[name]} bytes"
-        )
-    return value
+def _checked_hashes(declared: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:
+    """The hashes of known kinds; raise 400 unless each is base64 of the right length."""
+    checked = []
+    for name, size in _HASH_BYTES.items():
+        value = declared.get(name)
+        if value is None:
+            continue
+        try:
+            found = len(base64.b64decode(value, validate=True))
+        except ValueError:
+            found = -1
+        if found != size:
+            raise invalid(f"Invalid value for {name}: {value!r} is not base64 of {size} bytes")
+        checked.append((name, value))
+    return tuple(checked)

@@ -13,63 +13,52 @@ from .fields import Tree
 from .objects import StoredObject, timestamp
 
 
+def _where(stored: StoredObject) -> str:
+    return f"storage/v1/b/{stored.bucket}/o/{quote(stored.name, safe='')}"
+
+
+# Each key of an object's resource that is no setting of a client's; None: the object lacks it.
+_OBJECT: dict[str, Callable[[StoredObject, Bucket, str], Any]] = {
+    "kind": lambda *_: "storage#object",
+    "id": lambda stored, *_: f"{stored.bucket}/{stored.name}/{stored.generation}",
+    "selfLink": lambda stored, _, url: f"{url}/{_where(stored)}",
+    "mediaLink": lambda stored, _, url: (
+        f"{url}/download/{_where(stored)}?generation={stored.generation}&alt=media"
+    ),
+    "name": lambda stored, *_: stored.name,
+    "bucket": lambda stored, *_: stored.bucket,
+    "generation": lambda stored, *_: str(stored.generation),
+    "metageneration": lambda stored, *_: str(stored.metageneration),
+    "contentType": lambda stored, *_: stored.content_type,
+    "storageClass": lambda *_: "STANDARD",
+    "size": lambda stored, *_: str(stored.size),
+    "crc32c": lambda stored, *_: stored.crc32c,
+    "md5Hash": lambda stored, *_: stored.md5,
+    "etag": lambda stored, *_: stored.etag,
+    "metadata": lambda stored, *_: stored.metadata or None,
+    "componentCount": lambda stored, *_: stored.component_count,
+    "timeCreated": lambda stored, *_: timestamp(stored.created),
+    "updated": lambda stored, *_: timestamp(stored.updated),
+    "timeStorageClassUpdated": lambda stored, *_: timestamp(stored.created),
+    "timeFinalized": lambda stored, *_: timestamp(stored.created),
+    "retentionExpirationTime": lambda stored, bucket, _: (
+        (until := bucket.retained_until(stored)) and timestamp(until)
+    ),
+}
+
+
 def object_resource(
     stored: StoredObject, bucket: Bucket, base_url: str, wanted: Tree
 ) -> dict[str, Any]:
     """The object's JSON, or at least the keys in `wanted` (all are half a listing's cost)."""
-    if wanted and wanted.keys() <= _CHEAP.keys():
-        values = ((key, _CHEAP[key](stored)) for key in wanted)
-        return {key: value for key, value in values if value is not None}
-    name = quote(stored.name, safe="")
-    where = f"storage/v1/b/{stored.bucket}/o/{name}"
-    created = timestamp(stored.created)
-    resource: dict[str, Any] = {
-        "kind": "storage#object",
-        "id": f"{stored.bucket}/{stored.name}/{stored.generation}",
-        "selfLink": f"{base_url}/{where}",
-        "mediaLink": f"{base_url}/download/{where}?generation={stored.generation}&alt=media",
-        "name": stored.name,
-        "bucket": stored.bucket,
-        "generation": str(stored.generation),
-        "metageneration": str(stored.metageneration),
-        "storageClass": "STANDARD",
-        "size": str(stored.size),
-        "crc32c": stored.crc32c,
-        "etag": stored.etag,
-        "timeCreated": created,
-        "updated": created if stored.updated == stored.created else timestamp(stored.updated),
-        "timeStorageClassUpdated": created,
-        "timeFinalized": created,
-    }
-    until = bucket.retained_until(stored)
-    optional = {
-        "contentType": stored.content_type,
-        "md5Hash": stored.md5,
-        "metadata": stored.metadata or None,
-        "componentCount": stored.component_count,
-        "retentionExpirationTime": None if until is None else timestamp(until),
-    }
-    resource.update((key, value) for key, value in optional.items() if value is not None)
-    resource.update(stored.settings)
-    return resource
+    keys = _OBJECT.keys() & wanted.keys() if wanted and "*" not in wanted else _OBJECT
+    values = ((key, _OBJECT[key](stored, bucket, base_url)) for key in keys)
+    return {key: value for key, value in values if value is not None} | stored.settings
 
 
 def object_reply(call: Call, stored: StoredObject, bucket: Bucket) -> Reply:
     """200 with the object's resource, or with what the call's `fields` select of it."""
     return json_reply(call, object_resource(stored, bucket, call.base_url, call.field_tree))
-
-
-_CHEAP: dict[str, Callable[[StoredObject], Any]] = {
-    "name": lambda stored: stored.name,
-    "bucket": lambda stored: stored.bucket,
-    "generation": lambda stored: str(stored.generation),
-    "metageneration": lambda stored: str(stored.metageneration),
-    "size": lambda stored: str(stored.size),
-    "crc32c": lambda stored: stored.crc32c,
-    "md5Hash": lambda stored: stored.md5,
-    "metadata": lambda stored: stored.metadata or None,
-    "contentType": lambda stored: stored.content_type,
-}
 
 
 def bucket_resource(bucket: Bucket, base_url: str) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import asyncio
 import dataclasses
+import socket
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +19,6 @@ from .folder import Folder
 from .handler import Handler
 from .objects import NewObject, StoredObject, check_name
 
-# Long enough for the slowest machine to bind a port; a server that cannot is broken.
-_START_SECONDS = 30.0
 # Clients keep idle connections: closing one at the wrong moment would look like a fault.
 _KEEPALIVE_SECONDS = 24 * 3600.0
 # Object names of 1024 bytes come percent-encoded, some requests have two, and page tokens are long.
@@ -60,8 +58,6 @@ class StorageServer:
         self._handler = Handler(self._api, self._faults, self._lock, lambda: self.latency)
         self._web: web.Server | None = None
         self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping: asyncio.Event | None = None
         for name in buckets:
             if name not in self._buckets:
                 self.create_bucket(name)
@@ -76,16 +72,15 @@ class StorageServer:
         """
         if self._thread is not None:
             raise RuntimeError("the server is running")
-        started: Future[None] = Future()
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        listener = socket.create_server((self.host, self.port), family=family, backlog=1024)
+        self.port = listener.getsockname()[1]
+        self._loop = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
         self._thread = threading.Thread(
-            target=self._run, args=(started,), name="storage-server", daemon=True
+            target=self._run, args=(self._loop, listener), name="storage-server", daemon=True
         )
         self._thread.start()
-        error = started.exception(_START_SECONDS)
-        if error is not None:
-            self._thread.join()
-            self._thread = None
-            raise error
         return self
 
     def stop(self) -> None:
@@ -93,9 +88,8 @@ class StorageServer:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        if self._loop is not None and self._stopping is not None:
-            with suppress(RuntimeError):  # the loop has come to its end by itself
-                self._loop.call_soon_threadsafe(self._stopping.set)
+        with suppress(RuntimeError):  # the loop has come to its end by itself
+            self._loop.call_soon_threadsafe(self._stopping.set)
         thread.join()
         with self._lock:
             self._api.close()
@@ -233,17 +227,12 @@ class StorageServer:
 
     # The thread.
 
-    def _run(self, started: Future[None]) -> None:
-        try:
-            asyncio.run(self._serve(started))
-        except Exception as exc:
-            if started.done():
-                raise
-            started.set_exception(exc)
+    def _run(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
+        loop.run_until_complete(self._serve(listener))
+        loop.close()
 
-    async def _serve(self, started: Future[None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stopping = asyncio.Event()
+    async def _serve(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
         self._web = web.Server(
             self._handler,
             handler_cancellation=True,
@@ -253,15 +242,12 @@ class StorageServer:
             max_line_size=_MAX_LINE_BYTES,
             max_field_size=_MAX_LINE_BYTES,
         )
-        server = await self._loop.create_server(self._web, self.host, self.port, backlog=1024)
-        self.port = server.sockets[0].getsockname()[1]
-        started.set_result(None)
+        server = await loop.create_server(self._web, sock=listener, backlog=1024)
         await self._stopping.wait()
         # asyncio makes a task for each connection that it has just accepted. Were the server closed
         # first, such a task would drop its connection unclosed, and that client would wait for
         # ever. So: accept no more, let those tasks end, abort their connections, and then close.
-        for listener in server.sockets:
-            self._loop.remove_reader(listener.fileno())
+        loop.remove_reader(listener.fileno())
         while self._web.connections or len(asyncio.all_tasks()) > 1:
             for connection in self._web.connections:
                 if connection.transport is not None:

@@ -18,7 +18,7 @@ from .buckets import Buckets
 from .calls import Call, Receiver, Reply, parse_json
 from .errors import ApiError, invalid, not_allowed, not_found
 from .fields import Tree
-from .objects import NewObject, declared_hashes, whole_number
+from .objects import NewObject, whole_number
 from .resources import object_reply
 from .unsupported import refuse_object_settings
 
@@ -60,7 +60,7 @@ class Uploads:
             if upload_type == "media":
                 resource = {"contentType": call.headers.get("content-type")}
                 new = NewObject.from_resource(resource, call.query)
-                new = new.with_hashes(declared_hashes(call.headers, of_body=True))
+                new = new.with_hashes(call.headers, of_body=True)
                 body = self._open(call, bucket, new)
                 return Receiver(
                     lambda: self._finish(call, bucket, new, body, call.query),
@@ -143,7 +143,7 @@ class Uploads:
             return session.status(call.headers)
         call.field_tree = call.field_tree or session.field_tree
         try:
-            new = session.new.with_hashes(declared_hashes(call.headers, of_body=True))
+            new = session.new.with_hashes(call.headers, of_body=True)
             reply = self._finish(call, session.bucket, new, session.body, session.query)
         except ApiError:
             self._cancel_session(call)
@@ -256,19 +256,13 @@ class _SessionWrite:
         if body_bytes == expected and (is_last or expected % COMMIT_BYTES == 0):
             return is_last
         self._session.body.truncate(self._start)
-        if body_bytes != expected:
-            problem = (
-                f"There were {body_bytes} byte(s) in the request body.  There should have been "
-                f"{expected} byte(s) (starting at offset {self._first} and ending at offset "
-                f"{self._last}) according to the Content-Range header."
-            )
-        else:
-            problem = (
-                "The number of bytes uploaded is required to be equal or greater than "
-                f"{COMMIT_BYTES}, except for the final request (it's recommended to be the exact "
-                f"multiple of {COMMIT_BYTES}).  The received request contained {expected} bytes, "
-                "which does not meet this requirement."
-            )
+        problem = (
+            f"There were {body_bytes} byte(s) in the request body.  There should have been "
+            f"{expected} byte(s)."
+            if body_bytes != expected
+            else f"A chunk of {expected} bytes that is not the last must be a multiple of "
+            f"{COMMIT_BYTES} bytes."
+        )
         raise ApiError(400, "badRequest", f"Invalid request.  {problem}", plain=True)
 
 
@@ -276,7 +270,7 @@ def _new_object(call: Call, metadata: bytes | bytearray, content_type: str | Non
     """What the metadata of an upload says, as JSON, and its query and headers."""
     resource = parse_json(metadata)
     refuse_object_settings(resource)
-    new = NewObject.from_resource(resource, call.query).with_hashes(declared_hashes(call.headers))
+    new = NewObject.from_resource(resource, call.query).with_hashes(call.headers)
     return new if new.content_type is not None else replace(new, content_type=content_type)
 
 

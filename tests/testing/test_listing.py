@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from keras_remote_airflow.testing.bodies import Body
 from keras_remote_airflow.testing.buckets import Bucket
-from keras_remote_airflow.testing.listing import ListingQuery, decode_token, list_page
+from keras_remote_airflow.testing.listing import list_page
 from keras_remote_airflow.testing.objects import StoredObject
 
 TEXT = st.text(alphabet="ab/é\U0010ffff", max_size=6)
@@ -16,23 +16,23 @@ NAME = st.text(alphabet="ab/é\U0010ffff", min_size=1, max_size=6)
 
 def all_pages(names: list[str], query: dict[str, str], size: int) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
-    after = ""
+    query = {**query, "maxResults": str(size)}
     while True:
-        page = list_page(names, ListingQuery(**query, after=after, max_results=size))  # type: ignore[arg-type]
+        page = list_page(names, query)
         assert len(page.names) + len(page.prefixes) <= size
         found += [("name", name) for name in page.names]
         found += [("prefix", prefix) for prefix in page.prefixes]
         if page.next is None:
             return sorted(found)
-        after = decode_token(page.next)
+        query["pageToken"] = page.next
 
 
 def expected(names: set[str], query: dict[str, str]) -> list[tuple[str, str]]:
     found = set()
     for name in names:
-        if not name.startswith(query["prefix"]) or name < query["start"]:
+        if not name.startswith(query["prefix"]) or name < query["startOffset"]:
             continue
-        if query["end"] and name >= query["end"]:
+        if query["endOffset"] and name >= query["endOffset"]:
             continue
         rest = name[len(query["prefix"]) :]
         head, delimiter, _ = rest.partition("/") if query["delimiter"] else (rest, "", "")
@@ -54,7 +54,7 @@ def expected(names: set[str], query: dict[str, str]) -> list[tuple[str, str]]:
 def test_pages_add_up_to_what_the_model_says(
     names: set[str], prefix: str, start: str, end: str, delimiter: str, size: int
 ) -> None:
-    query = {"prefix": prefix, "start": start, "end": end, "delimiter": delimiter}
+    query = {"prefix": prefix, "startOffset": start, "endOffset": end, "delimiter": delimiter}
     assert all_pages(sorted(names), query, size) == expected(names, query)
 
 
