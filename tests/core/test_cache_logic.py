@@ -2,15 +2,16 @@
 
 import asyncio
 import logging
+from itertools import islice
 
 import pytest
 
-from keras_remote_airflow.core.cloud.store import ignore_moved
+from keras_remote_airflow.core.cloud.store import Page, ignore_moved
 from keras_remote_airflow.core.datasets.lookup import CacheEntry, look, lookup
 from keras_remote_airflow.core.datasets.upload import publish
 from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.core.disk.snapshot import Snapshot
-from keras_remote_airflow.core.errors import ConflictError, MarkerError
+from keras_remote_airflow.core.errors import ConflictError, MarkerError, StoreError
 from keras_remote_airflow.core.layout import KERAS_REMOTE, KINETIC, CacheKey
 from keras_remote_airflow.core.progress import Progress
 
@@ -32,7 +33,7 @@ def key(request, snapshot):
 def put(store: MemoryStore, key: CacheKey, snapshot: Snapshot) -> Progress:
     """Publish, and return what was sent."""
     sent = Progress(logging.getLogger(__name__), "Uploading")
-    publish(store, key, snapshot, sent)
+    publish(store, key, snapshot, sent, "no marker")
     return sent
 
 
@@ -189,6 +190,57 @@ def test_garbage_in_the_markers_place_is_no_success(snapshot, key):
         whole(store, key, snapshot)
     with pytest.raises(MarkerError):
         put(store, key, snapshot)
+
+
+class LosingStore(MemoryStore):
+    """Leaves one file out of those that it is given: it says nothing of it, or never takes it."""
+
+    def __init__(self, lost: str) -> None:
+        super().__init__()
+        self.lost = lost
+
+    def upload(self, files, done, moved=ignore_moved):
+        given = list(files if self.lost == "unsaid" else islice(files, len(FILES) - 1))
+        super().upload(given[-len(FILES) + 1 :], done, moved)
+
+
+@pytest.mark.parametrize("lost", ["unsaid", "untaken"])
+def test_marker_is_not_written_while_a_file_is_unaccounted_for(snapshot, key, lost):
+    store = LosingStore(lost)
+    with pytest.raises(StoreError, match=r"1 file .*data-cache") as raised:
+        put(store, key, snapshot)
+    assert raised.value.transient
+    assert key.marker_name not in store.written
+
+
+class ContradictingStore(MemoryStore):
+    """Says that the marker is there and then that it is not; or takes files and lists none."""
+
+    def create(self, name, content):
+        self.calls.append("create")
+        return False
+
+    def list_page(self, prefix, token=None):
+        super().list_page(prefix, token)
+        return Page([], None)
+
+    def upload(self, files, done, moved=ignore_moved):
+        super().upload(files, lambda file, _: done(file, not self.lists), moved)
+
+    lists = False
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("lists", [False, True])
+def test_server_that_contradicts_itself_is_an_error_and_no_endless_loop(tree, lists):
+    snapshot = take_snapshot(str(tree({f"{number}": "" for number in range(40)})))
+    key = CacheKey("memory-bucket", "default", snapshot.content_hash, KERAS_REMOTE)
+    store = ContradictingStore()
+    store.lists = lists
+    with pytest.raises(StoreError, match=key.content_hash) as raised:
+        put(store, key, snapshot)
+    assert raised.value.transient
+    assert store.calls.count("list_page" if lists else "create") > 1
 
 
 def test_lookup_reads_the_marker_and_one_page(snapshot, key):

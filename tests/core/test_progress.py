@@ -233,7 +233,7 @@ def test_after_a_resume_the_time_left_is_that_of_what_is_missing(tree, clock, li
     store = SlowStore(clock)
     for name in ("0", "1"):
         store.replace(key.object_name(name), b"x" * 3100)
-    publish(store, key, snapshot, Progress(LOG, "Uploading", clock=clock))
+    publish(store, key, snapshot, Progress(LOG, "Uploading", clock=clock), "no marker")
     assert lines() == [
         "Uploading 1/2 files, 3.1 kB of 6.2 kB, 100 B/s, about 31 s left",
         "Uploading 2/2 files, 6.2 kB of 6.2 kB, 100 B/s, about 0 s left",

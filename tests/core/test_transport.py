@@ -11,8 +11,9 @@ import socket
 import ssl
 import threading
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,10 @@ from urllib.parse import urlsplit
 
 import pytest
 from google.api_core.client_info import ClientInfo
+import requests
+from google.api_core.exceptions import Forbidden, ServiceUnavailable
 from google.auth.credentials import AnonymousCredentials
-from google.auth.exceptions import RefreshError, TransportError
+from google.auth.exceptions import OAuthError, RefreshError, TransportError
 from google.cloud import storage
 from google.oauth2.credentials import Credentials
 
@@ -412,6 +415,12 @@ def wrapped(outage: Exception) -> Exception:
         return error
 
 
+def answered(status: int) -> requests.Response:
+    response = requests.Response()
+    response.status_code = status
+    return response
+
+
 @pytest.mark.parametrize(
     "outage",
     [
@@ -420,8 +429,20 @@ def wrapped(outage: Exception) -> Exception:
         wrapped(TransportError("busy", SimpleNamespace(status=503))),
         RefreshError("503 from the token endpoint", retryable=True),
         RefreshError("Unable to acquire impersonated credentials", '{"error": {"code": 503}}'),
+        requests.ConnectionError("no route"),
+        requests.HTTPError("busy", response=answered(503)),
+        ServiceUnavailable("busy"),
     ],
-    ids=["network", "metadata server", "its answer", "token endpoint", "impersonation"],
+    ids=[
+        "network",
+        "metadata server",
+        "its answer",
+        "token endpoint",
+        "impersonation",
+        "requests",
+        "requests' answer",
+        "google.api_core",
+    ],
 )
 def test_outage_of_whoever_gives_tokens_is_ridden_out(gcs_server, gcs_bucket, tmp_path, outage):
     class Flaky(ShortLived):
@@ -443,8 +464,10 @@ def test_outage_of_whoever_gives_tokens_is_ridden_out(gcs_server, gcs_bucket, tm
         RefreshError("not allowed", {"error": "invalid_grant"}),
         wrapped(TransportError("not allowed", SimpleNamespace(status=403))),
         RefreshError("not allowed", '{"error": {"code": 403}}'),
+        requests.HTTPError("not allowed", response=answered(403)),
+        Forbidden("not allowed"),
     ],
-    ids=["token endpoint", "metadata server", "impersonation"],
+    ids=["token endpoint", "metadata server", "impersonation", "requests", "google.api_core"],
 )
 def test_credentials_that_are_refused_are_not_tried_again(
     gcs_server, gcs_bucket, tmp_path, refusal
@@ -458,6 +481,53 @@ def test_credentials_that_are_refused_are_not_tried_again(
     with pytest.raises(StoreError, match=r"not allowed.*Check the credentials") as raised:
         upload(gcs_bucket, tmp_path, client=client_for(gcs_server.url, credentials))
     assert (raised.value.status, credentials.refreshes) == (401, 1)
+
+
+@pytest.mark.parametrize("status", [503, 403])
+def test_status_of_a_token_endpoint_counts_though_the_error_lacks_it(
+    gcs_server, gcs_bucket, tmp_path, status
+):
+    class Federated(ShortLived):
+        def refresh(self, request: Any) -> None:
+            super().refresh(request)
+            if request(f"{gcs_server.url}/token", method="POST").status == status:
+                self.token = None
+                raise OAuthError("<html>", "<html>")
+
+    (tmp_path / "file").touch()
+    gcs_server.add_fault(Fault(path="/token", status=status, times=2))
+    client = client_for(gcs_server.url, Federated())
+    policy = RetryPolicy(deadline=60, initial=0.01, maximum=0.1)
+    with pytest.raises(StoreError) if status == 403 else nullcontext():
+        upload(gcs_bucket, tmp_path, client=client, retry=policy)
+    asked = [request.status for request in gcs_server.requests if "/token" in request.path]
+    assert asked.count(status) == (1 if status == 403 else 2)
+
+
+@pytest.mark.parametrize("status", [403, 407])
+def test_proxy_that_refuses_the_way_to_a_token_is_named_at_once(proxy, gcs_bucket, tree, status):
+    class Behind(ShortLived):
+        def refresh(self, request: Any) -> None:
+            self.refreshes += 1
+            cause = OSError(f"Tunnel connection failed: {status} No way")
+            raise TransportError(requests.exceptions.ProxyError(cause))
+
+    credentials = Behind()
+    with pytest.raises(StoreError, match=f"proxy.*{status} No way") as raised:
+        upload(gcs_bucket, tree(FILES), client=client_for(f"http://{HOST}", credentials))
+    assert (raised.value.status, credentials.refreshes) == (status, 1)
+
+
+def test_missing_credentials_are_one_error_without_googles_frames(
+    monkeypatch, gcs_bucket, tree, tmp_path
+):
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+    for path in (tmp_path / "gone.json", tmp_path):
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
+        with pytest.raises(StoreError, match="no Google Cloud credentials") as raised:
+            upload(gcs_bucket, tree(FILES, path.name + "-data"))
+        assert (raised.value.status, raised.value.transient) == (401, False)
+        assert "google/auth" not in "".join(traceback.format_exception(raised.value))
 
 
 @pytest.mark.parametrize("size", [0, 100, 100_000], ids=["no body", "small", "large"])
@@ -529,6 +599,7 @@ def test_work_that_is_left_when_the_transport_closes_is_cancelled():
 
 
 @pytest.mark.timeout(30)
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 @pytest.mark.parametrize("when", ["at once", "while it works"])
 def test_whoever_waits_for_a_thread_that_ends_too_early_is_told(when, monkeypatch):
     real = asyncio.BaseEventLoop.run_forever

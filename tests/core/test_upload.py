@@ -209,6 +209,20 @@ def test_evicted_objects_are_uploaded_again_and_nothing_else(tree, gcs_server, g
     assert upload(gcs_bucket, path).cache_hit
 
 
+def test_log_says_how_much_was_evicted_and_from_where_it_is_restored(
+    tree, gcs_server, gcs_bucket, caplog
+):
+    path = str(tree(FILES))
+    upload(gcs_bucket, path)
+    gcs_server.delete(gcs_bucket, f"{PREFIX}/sub/eval.csv")
+    caplog.set_level(logging.INFO)
+    upload(gcs_bucket, path)
+    for fact in ("Uploading 1 of 2 files", "Uploaded 1 of 2 files"):
+        [line] = [text for text in caplog.messages if text.startswith(fact)]
+        assert "1 of 2 objects missing" in line[:90]
+        assert f" {path} " in line
+
+
 def test_hit_on_a_thousand_files_and_more_reads_one_page_unless_told_to_read_all(
     tree, gcs_server, gcs_bucket
 ):
@@ -251,15 +265,15 @@ def test_log_says_one_file_and_two_files(tree, gcs_bucket, caplog):
 def test_one_line_of_log_for_one_outcome(tree, gcs_bucket, caplog):
     path = str(tree(FILES))
     for fact, outcome in (
-        ("Uploaded 2 of 2 files (2 B of 2 B)", "cache miss"),
+        ("Uploaded 2 of 2 files (2 B of 2 B)", "cache miss (no marker)"),
         ("Uploaded 0 of 2 files (0 B of 2 B)", "cache hit"),
     ):
         caplog.clear()
         with caplog.at_level(logging.INFO, "keras_remote_airflow"):
             uri = upload_data(gcs_bucket, path)
         [line] = [text for text in caplog.messages if text.startswith(fact)]
-        assert outcome in line
-        assert line.endswith(f": {uri}")
+        assert outcome in line[:90]
+        assert line.endswith(f": {path} to {uri}")
 
 
 @pytest.mark.parametrize("option", [{"verify": "none"}, {"layout": "g0"}])

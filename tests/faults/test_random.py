@@ -148,8 +148,8 @@ class Interleaving(RuleBasedStateMachine):
         with MortalTransport(self.client, FAST, dies_after) as transport:
             store = GcsStore(BUCKET, transport)
             try:
-                if isinstance(lookup(store, key, snapshot), str):
-                    publish(store, key, snapshot, Progress(_log, "Uploading"))
+                if isinstance(why := lookup(store, key, snapshot), str):
+                    publish(store, key, snapshot, Progress(_log, "Uploading"), why)
             except (DiedError, DataChangedError):
                 return
         assert key.marker_name in self.server.objects(BUCKET)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from faultkit import BUCKET, FAST, client_for, content, make_tree, published
 
+from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.datasets.upload import upload
 from keras_remote_airflow.core.errors import InvalidInputError, StoreError
@@ -47,6 +48,16 @@ def test_a_refused_token_is_refreshed_once(server: StorageServer, tmp_path: Path
     result = upload(BUCKET, path, client=client, retry=FAST)
     assert published(server) == {result.content_hash: set(FILES)}
     assert credentials.refreshes == 2
+
+
+def test_each_token_that_is_refused_is_replaced_once(server: StorageServer) -> None:
+    credentials = rotating_credentials()
+    for nth in (2, 5):  # in real life an hour apart
+        server.add_fault(Fault(nth=nth, status=401))
+    with open_bucket(BUCKET, client_for(server.url, credentials), retry=FAST) as store:
+        for _ in range(5):
+            assert store.read("x") is None
+    assert credentials.refreshes == 3
 
 
 def test_a_token_may_take_longer_to_fetch_than_an_answer(

@@ -4,6 +4,7 @@ Every row of the tables is one fault on one kind of request. `HEALS` means: the 
 what was stored or read back is whole.
 """
 
+import asyncio
 import errno
 import os
 import threading
@@ -17,6 +18,7 @@ from faultkit import read_tree as read
 
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.transfer import Source
+from keras_remote_airflow.core.cloud.transport import Transport
 from keras_remote_airflow.core.datasets.lookup import find
 from keras_remote_airflow.core.errors import IntegrityError, StoreError
 from keras_remote_airflow.testing import Fault, StorageServer
@@ -193,6 +195,25 @@ def test_too_many_open_files_are_waited_out(
     refused.clear()
     assert read(do_materialize(server.url, result.gcs_uri, str(tmp_path / "back"))) == TREE
     assert len(refused) == 2 * len(TREE)
+
+
+def test_a_transfer_that_a_library_cancels_is_not_taken_for_done(
+    server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"{number}": b"x" for number in range(20)}
+    path = make_tree(tmp_path / "data", files)
+    real, calls = Transport.exchange, []
+
+    async def exchange(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 7:
+            raise asyncio.CancelledError
+        return await real(*args, **options)
+
+    monkeypatch.setattr(Transport, "exchange", exchange)
+    result = do_upload(server.url, path)
+    assert published(server) == {result.content_hash: set(files)}
+    assert result.uploaded_files == len(files)
 
 
 def test_an_outage_is_said_once_and_not_for_every_file(

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
-from keras_remote_airflow.core.errors import StoreError
 
 if TYPE_CHECKING:
     from keras_remote_airflow.core.cloud.gcs import GcsStore
@@ -41,7 +40,7 @@ def open_bucket(
         user_project: id of the project to bill, if the bucket uses Requester Pays; None bills the
             bucket's own project.
     """
-    from keras_remote_airflow.core.cloud.credentials import is_outage
+    from keras_remote_airflow.core.cloud.credentials import credentials_error
     from keras_remote_airflow.core.cloud.gcs import GcsStore
     from keras_remote_airflow.core.cloud.transport import Transport
 
@@ -54,12 +53,7 @@ def open_bucket(
             client = storage.Client(  # type: ignore[no-untyped-call]
                 project=project or get_default_project()
             )
-        except GoogleAuthError as exc:
-            outage = is_outage(exc)
-            raise StoreError(
-                f"no Google Cloud credentials: {exc}",
-                status=None if outage else 401,
-                transient=outage,
-            ) from exc
+        except (GoogleAuthError, OSError) as exc:
+            raise credentials_error(exc) from None
     with Transport(client, retry or RetryPolicy(), user_project) as transport:
         yield GcsStore(bucket, transport)

@@ -2,16 +2,27 @@
 
 import asyncio
 import json
+import logging
+import re
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from google.auth.credentials import AnonymousCredentials, with_scopes_if_required
+from google.auth.exceptions import TransportError
+from google.auth.transport.requests import Request
+from requests import RequestException
+
+from keras_remote_airflow.core.cloud.proxy import find_proxy, proxy_refusal
 from keras_remote_airflow.core.cloud.retry import RETRYABLE, RefusedError, RetryableError
+from keras_remote_airflow.core.errors import StoreError
 
-if TYPE_CHECKING:
-    from google.auth.exceptions import GoogleAuthError
+_log = logging.getLogger(__name__)
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+# google.auth waits 120 s for each answer, in a thread that the process waits for at its end.
+_TOKEN_SECONDS = 30
+_NO_ANSWER = (TransportError, RequestException, ConnectionError, TimeoutError)
 
 
 class AccessTokens:
@@ -24,7 +35,8 @@ class AccessTokens:
     def __init__(self, credentials: Any) -> None:
         self._credentials = _scoped(credentials)
         self._fetch: asyncio.Future[None] | None = None
-        self._refused: str | None = None
+        self._refused = ""
+        self._may_renew = True
 
     async def authorized(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         """Return the headers with an access token, fetched now if there is none that is valid.
@@ -47,18 +59,24 @@ class AccessTokens:
         credentials.apply(authorized)
         return authorized
 
+    def note_accepted(self, headers: Mapping[str, str]) -> None:
+        """Note that a request with these headers was not refused for its token."""
+        if not self._may_renew and headers.get("authorization") != self._refused:
+            self._may_renew = True
+
     def renew(self, headers: Mapping[str, str]) -> bool:
         """Forget the token in the headers of a refused request; return whether to try another.
 
-        A token may have been revoked. Each token is given up once, so that an account that is
-        refused for another reason is not asked for tokens for ever.
+        A token may have been revoked. If its successor is refused before any request with it was
+        accepted, then the account is refused, and is not asked for tokens for ever.
         """
         refused = headers.get("authorization")
-        if refused is None or self._refused not in (None, refused):
+        if refused is None or refused == self._refused:
+            return refused is not None
+        if not self._may_renew:
             return False
-        if self._refused is None:
-            self._refused = refused
-            self._credentials.token = None
+        self._refused, self._may_renew = refused, False
+        self._credentials.token = None
         return True
 
     def close(self) -> None:
@@ -67,40 +85,102 @@ class AccessTokens:
             self._fetch.cancel()
 
 
+def credentials_error(error: Exception) -> StoreError:
+    """Return the error to raise where a client could not be made, without the frames of its cause.
+
+    Args:
+        error: any exception of google.auth, requests or google.api_core.
+    """
+    _log.debug("No credentials", exc_info=error)
+    if refusal := _proxys_refusal(error, "https://oauth2.googleapis.com"):
+        return StoreError(
+            f"no Google Cloud credentials ({refusal})",
+            status=refusal.status,
+            transient=isinstance(refusal, RetryableError),
+        )
+    outage = is_outage(error)
+    return StoreError(
+        f"no Google Cloud credentials ({_words(error)}). Name a key in the connection, or give the "
+        "machine a service account.",
+        status=None if outage else 401,
+        transient=outage,
+    )
+
+
 def _scoped(credentials: Any) -> Any:
     """Return credentials good for reading and writing objects, or None for anonymous ones."""
-    from google.auth.credentials import AnonymousCredentials, with_scopes_if_required
-
     if credentials is None or isinstance(credentials, AnonymousCredentials):
         return None
     # google.auth has no types.
     return with_scopes_if_required(credentials, [_SCOPE])  # type: ignore[no-untyped-call]
 
 
+class _Request(Request):
+    """Remembers what was asked last, and the status of the answer: errors often lack it."""
+
+    url = "https://oauth2.googleapis.com"
+    status: int | None = None
+
+    def __call__(self, url: str, *args: Any, **options: Any) -> Any:
+        self.url, self.status = url, None
+        options.setdefault("timeout", _TOKEN_SECONDS)
+        answer = super().__call__(url, *args, **options)  # type: ignore[no-untyped-call] # as above
+        self.status = answer.status
+        return answer
+
+
 def _refresh(credentials: Any) -> None:
-    from google.auth.exceptions import GoogleAuthError
-    from google.auth.transport.requests import Request
-
+    request = _Request()
     try:
-        credentials.refresh(Request())
-    except GoogleAuthError as exc:
-        if is_outage(exc):
-            raise RetryableError(f"no access token could be fetched ({exc})") from exc
-        raise RefusedError(
-            f"no access token could be fetched ({exc})", 401, "Check the credentials."
-        ) from exc
+        credentials.refresh(request)
+    except Exception as exc:  # noqa: BLE001 - credentials are others' code and raise what they like
+        # Frames of google.auth, requests and urllib3 would fill a task's log.
+        _log.debug("No access token", exc_info=True)
+        if refusal := _proxys_refusal(exc, request.url):
+            raise refusal from None
+        error = RefusedError(
+            f"no access token could be fetched ({_words(exc)})", 401, "Check the credentials."
+        )
+        raise RetryableError(str(error)) if is_outage(exc, request.status) else error from None
 
 
-def is_outage(error: "GoogleAuthError") -> bool:
-    """Tell whether the same credentials may get a token later."""
-    from google.auth.exceptions import TransportError
+def _words(error: Exception) -> str:
+    return " ".join(str(error.args[0] if error.args else error).split())[:300] or repr(error)
 
-    # The metadata server's credentials wrap the TransportError, which has the answer, if any.
-    outage = error if isinstance(error, TransportError) else error.__cause__
-    if isinstance(outage, TransportError):
-        status = getattr(outage.args[-1], "status", None) if outage.args else None
-        return status is None or status in RETRYABLE
-    # Token endpoints say whether to retry; for impersonation only the answer's JSON tells.
-    with suppress(LookupError, TypeError, ValueError):
-        return json.loads(error.args[1])["error"]["code"] in RETRYABLE
-    return bool(error.retryable)
+
+def _proxys_refusal(error: Exception, url: str) -> RetryableError | RefusedError | None:
+    """Return the error to raise if a proxy on the way to `url` has refused the request."""
+    tunnel = re.search(r"Tunnel connection failed: (\d{3}) ?([\w ]*)", str(error))
+    if tunnel is None and _status(error) != 407:
+        return None
+    status, reason = (int(tunnel[1]), tunnel[2]) if tunnel else (407, "")
+    return proxy_refusal(status, reason, find_proxy(url))
+
+
+def is_outage(error: Exception, status: int | None = None) -> bool:
+    """Tell whether the same credentials may get a token later.
+
+    Args:
+        error: any exception of google.auth, requests or google.api_core.
+        status: HTTP status of the answer that led to it, if that is known.
+    """
+    if status is None or status < 400:
+        status = _status(error)
+    if status in RETRYABLE or getattr(error, "retryable", False):
+        return True
+    got_no_answer = isinstance(error, _NO_ANSWER) or isinstance(error.__cause__, _NO_ANSWER)
+    return status is None and got_no_answer
+
+
+def _status(error: Any, depth: int = 4) -> int | None:
+    """Return the HTTP status that an error carries, or one of what it was made of."""
+    for name in ("status", "status_code", "code"):  # google.auth, requests, google.api_core
+        if isinstance(status := getattr(error, name, None), int):
+            return status
+    if isinstance(error, str):  # impersonation has the answer's JSON
+        with suppress(LookupError, TypeError, ValueError):
+            return int(json.loads(error)["error"]["code"])
+    parts: tuple[Any, ...] = ()
+    if depth and isinstance(error, BaseException):
+        parts = (getattr(error, "response", None), *error.args, error.__cause__)
+    return next((s for part in parts if (s := _status(part, depth - 1)) is not None), None)

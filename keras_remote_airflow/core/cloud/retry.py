@@ -1,6 +1,7 @@
 """Repeats failed requests; turns the last failure into a StoreError."""
 
 import asyncio
+import errno
 import json
 import logging
 import re
@@ -97,22 +98,8 @@ class Retrier:
         """
         failures, first_failure, reached = 0, 0.0, position()
         while True:
-            await self._limiter.enter(size)
             try:
-                try:
-                    result = await attempt()
-                finally:
-                    self._limiter.leave(size)
-                self._limiter.increase()
-                return result
-            except RefusedError as exc:
-                message = f"{exc}: {what}. {exc.remedy}".rstrip()
-                raise StoreError(message, status=exc.status) from exc.__cause__
-            except _HOPELESS as exc:
-                raise StoreError(
-                    f"cannot use the endpoint {self._endpoint}: {_describe(exc).rstrip('.')} "
-                    f"({what}). Check its certificate, and that it begins with https:// or http://."
-                ) from _presentable(exc)
+                return await self._once(what, attempt, size)
             except (RetryableError, aiohttp.ClientError, TimeoutError, ConnectionError) as exc:
                 error = exc
             now = time.monotonic()
@@ -143,10 +130,40 @@ class Retrier:
             )
             await asyncio.sleep(pause)
 
+    async def _once(self, what: str, attempt: Callable[[], Awaitable[_T]], size: int) -> _T:
+        """Make one attempt when its turn has come."""
+        await self._limiter.enter(size)
+        try:
+            result = await attempt()
+        except RefusedError as exc:
+            message = f"{exc}: {what}. {exc.remedy}".rstrip()
+            raise StoreError(message, status=exc.status) from exc.__cause__
+        except _HOPELESS as exc:
+            raise StoreError(
+                f"cannot use the endpoint {self._endpoint}: {_describe(exc).rstrip('.')} "
+                f"({what}). Check its certificate, and that it begins with https:// or http://."
+            ) from _presentable(exc)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Not this task was cancelled, but something that it waited for.
+            raise RetryableError("it was cancelled from within") from None
+        except OSError as exc:
+            if exc.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self._limiter.decrease()
+            raise RetryableError(str(exc)) from exc
+        finally:
+            self._limiter.leave(size)
+        self._limiter.increase()
+        return result
+
     def _remedy(self, error: Exception) -> str:
         """Return what to do about an error that stayed until the deadline."""
         if isinstance(error, aiohttp.ClientConnectorError):
-            return f"Check that something answers at {self._endpoint}."
+            whom = "the proxy " if isinstance(error, aiohttp.ClientProxyConnectionError) else ""
+            return f"Check that something answers at {whom}{error.host}:{error.port}."
         return REMEDIES[401] if getattr(error, "status", None) == 401 else "Try again later."
 
     def _level(self, failures: int, now: float) -> int:
@@ -170,7 +187,7 @@ def failure(status: int, body: bytes, retry_after: str = "") -> RetryableError |
         text = str(json.loads(text)["error"]["message"])
     reason = f"HTTP {status} {_without_queries(' '.join(text.split())[:300]).rstrip('.')}".rstrip()
     if status in RETRYABLE:
-        seconds = min(float(retry_after), 60.0) if retry_after.isdigit() else 0.0
+        seconds = min(float(retry_after), 60.0) if retry_after.isdecimal() else 0.0
         return RetryableError(reason, status, seconds)
     return RefusedError(reason, status, REMEDIES.get(status, ""))
 

@@ -1,7 +1,6 @@
 """One file on its way: read from the disk to be sent, or written to it as it arrives."""
 
 import asyncio
-import errno
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -72,12 +71,10 @@ class Source:
 
     def __enter__(self) -> Self:
         try:
-            self._descriptor = _open(self._file.path, os.O_RDONLY | os.O_NONBLOCK)
-        except FileNotFoundError:
+            self._descriptor = os.open(self._file.path, os.O_RDONLY | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError):
             raise _changed(self._file, "it is gone") from None
-        except OSError as exc:
-            if exc.errno == errno.EIO:
-                raise
+        except PermissionError as exc:
             raise _changed(self._file, f"it cannot be opened: {exc.strerror}") from exc
         try:
             self.check()
@@ -145,7 +142,7 @@ class Sink:
         """Forget what has arrived."""
         self.size = self._crc32c_of_arrived = 0
         if self._descriptor is None:
-            self._descriptor = _open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         else:
             os.lseek(self._descriptor, 0, os.SEEK_SET)
             os.ftruncate(self._descriptor, 0)
@@ -195,16 +192,6 @@ async def check_unchanged(file: FileToSend) -> None:
             crc32c = google_crc32c.extend(crc32c, piece)
     if crc32c != file.crc32c:
         raise _changed(file, "its CRC32C differs from the one at hash time")
-
-
-def _open(path: str, flags: int) -> int:
-    """Open a file; if too many are open, for another attempt: others will be closed by then."""
-    try:
-        return os.open(path, flags | os.O_CLOEXEC, 0o666)
-    except OSError as exc:
-        if exc.errno in (errno.EMFILE, errno.ENFILE):
-            raise RetryableError(f"{path}: {exc.strerror}") from exc
-        raise
 
 
 def _write(descriptor: int, content: bytes) -> None:

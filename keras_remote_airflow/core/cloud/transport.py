@@ -238,7 +238,11 @@ class Transport:
 
     def _submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         self._check(work)
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # the thread has closed the loop just now
+            work.close()
+            raise self._gone() from None
         self._unfinished.add(future)
         future.add_done_callback(self._unfinished.discard)
         if self._loop.is_closed():  # the thread may have overlooked this one
@@ -287,6 +291,7 @@ class Transport:
                 ) as response:
                     if response.status not in expected:
                         raise await self._failure(response, headers)
+                    self._tokens.note_accepted(headers)
                     body = _watched(response.content.iter_chunked(_READ_BYTES), moved)
                     if _is_compressed_on_the_way(response, url):
                         body = _decompressed(body)

@@ -22,7 +22,7 @@ from keras_remote_airflow.core.data import Data, as_data
 from keras_remote_airflow.core.datasets.diff import missing_files
 from keras_remote_airflow.core.datasets.lookup import Verify, check_verify, lookup
 from keras_remote_airflow.core.disk.snapshot import Snapshot
-from keras_remote_airflow.core.errors import EmptyDataError, InvalidInputError
+from keras_remote_airflow.core.errors import EmptyDataError, InvalidInputError, StoreError
 from keras_remote_airflow.core.layout import (
     RESERVED_NAME,
     CacheKey,
@@ -52,6 +52,8 @@ _CHECKED_TOGETHER = 1000
 _FIRST_ROUND_FILES = 16
 # Objects in one page of a listing. One page costs as much as one upload.
 _PAGE_OBJECTS = 1000
+# Answers that contradict each other before an upload ends: one may be due to another uploader.
+_MAX_CONTRADICTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def upload(
                 for index in missing_files(store, key, snapshot):
                     sent.add(1, snapshot.record(index).size)
             else:
-                publish(store, key, snapshot, sent)
+                publish(store, key, snapshot, sent, found)
     result = UploadResult(
         key.gcs_uri,
         snapshot.is_dir,
@@ -232,14 +234,15 @@ def upload(
         published_at=None if isinstance(found, str) else found.published_at,
     )
     _log.info(
-        "%s %d of %s (%s of %s) in %.1f s, cache %s: %s",
+        "%s %d of %s (%s of %s) in %.1f s, cache %s: %s to %s",
         "Would upload" if dry_run else "Uploaded",
         result.uploaded_files,
         format_files(result.files),
         format_bytes(result.uploaded_bytes),
         format_bytes(result.bytes),
         result.seconds,
-        "hit" if result.cache_hit else "miss",
+        "hit" if result.cache_hit else f"miss ({found})",
+        snapshot.root,
         result.gcs_uri,
     )
     return result
@@ -271,7 +274,9 @@ def warn_of_odd_data(snapshot: Snapshot) -> None:
         )
 
 
-def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progress) -> None:
+def publish(
+    store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progress, why: str
+) -> None:
     """Store the objects that are missing under `key`, then the marker.
 
     Args:
@@ -279,10 +284,17 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progres
         key: the entry.
         snapshot: the data.
         sent: counts the files and bytes that were sent.
+        why: in words, why this is a miss.
     """
     missing = _missing_from_random_start(store, key, snapshot)
-    files = format_files(len(snapshot))
-    _log.info("Uploading %d of %s: %s", len(missing), files, key.gcs_uri)
+    _log.info(
+        "Uploading %d of %s, cache miss (%s): %s to %s",
+        len(missing),
+        format_files(len(snapshot)),
+        why,
+        snapshot.root,
+        key.gcs_uri,
+    )
     with sent:
         _send(store, key, snapshot, missing, sent)
     receipt = Receipt.now(
@@ -292,12 +304,19 @@ def publish(store: ObjectStore, key: CacheKey, snapshot: Snapshot, sent: Progres
         total_bytes=snapshot.total_bytes,
     )
     # The marker goes last: readers take its presence to mean "all bytes are here".
-    while not store.create(key.marker_name, receipt.to_json()):
+    for _ in range(_MAX_CONTRADICTIONS):
+        if store.create(key.marker_name, receipt.to_json()):
+            return
         # Another uploader was first, or the marker was still there when its objects were not. It
         # counts if it can be read; if it is gone by now, ours is written after all.
         if (body := store.read(key.marker_name)) is not None:
             parse_marker(body, key)
-            break
+            return
+    raise StoreError(
+        f"the marker is said to be there and then not to be there, {_MAX_CONTRADICTIONS} times: "
+        f"{key.marker_uri}. Find out what deletes it, then try again.",
+        transient=True,
+    )
 
 
 def _send(
@@ -311,13 +330,16 @@ def _send(
     listed and the rounds begin anew.
     """
     found_there = 0
+    unsettled: set[str] = set()
 
     def files(indices: "array[int]") -> Iterator[FileToSend]:
         for index in indices:
             file = snapshot.record(index)
+            name = key.object_name(file.path)
+            unsettled.add(name)
             yield FileToSend(
                 snapshot.local_path(file.path),
-                key.object_name(file.path),
+                name,
                 file.size,
                 file.mtime_ns,
                 file.crc32c,
@@ -326,6 +348,7 @@ def _send(
 
     def done(file: FileToSend, was_sent: bool) -> None:
         nonlocal found_there
+        unsettled.remove(file.name)
         if was_sent:
             sent.add(1, file.size)
         else:
@@ -334,14 +357,30 @@ def _send(
         _log.debug("%s %s", "Stored" if was_sent else "Found", file.name)
 
     while missing:
-        sent.expect(len(missing), _total_bytes(snapshot, missing))
+        listed = len(missing)
+        sent.expect(listed, _total_bytes(snapshot, missing))
         round_files, found_there = _FIRST_ROUND_FILES, 0
         while missing and found_there <= len(snapshot) // _PAGE_OBJECTS:
-            store.upload(files(missing[:round_files]), done, sent.move)
+            these = files(missing[:round_files])
+            store.upload(these, done, sent.move)
+            # The marker will say that all files are there, so each must have been accounted for.
+            if lost := [*unsettled, *(file.name for file in these)]:
+                raise StoreError(
+                    f"{format_files(len(lost))} neither sent nor found there, such as {lost[0]}. "
+                    "Nothing was published. Try again.",
+                    transient=True,
+                )
             missing = missing[round_files:]
             round_files *= 2
         if missing:
             missing = _missing_from_random_start(store, key, snapshot)
+            if len(missing) >= listed:
+                raise StoreError(
+                    f"{format_files(listed)} missing in one listing and {len(missing)} in the "
+                    f"next, though some were stored or found in between: {key.gcs_uri}. Find out "
+                    "what deletes objects there, then try again.",
+                    transient=True,
+                )
 
 
 def _missing_from_random_start(
