@@ -21,8 +21,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from google.api_core.client_info import ClientInfo
 import requests
+from google.api_core.client_info import ClientInfo
 from google.api_core.exceptions import Forbidden, ServiceUnavailable
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import OAuthError, RefreshError, TransportError
