@@ -150,14 +150,13 @@ class GcsStore:
         return await self._transport.retry.run(f"listing {self._uri(prefix)}", attempt)
 
     def stat(self, names: Sequence[str]) -> list[ObjectInfo | None]:
-        found: list[ObjectInfo | None] = [None] * len(names)
+        found: dict[str, ObjectInfo | None] = {}
 
-        async def one(numbered: tuple[int, str]) -> None:
-            number, name = numbered
-            found[number] = await self._stat(name)
+        async def one(name: str) -> None:
+            found[name] = await self._stat(name)
 
-        self._transport.run(self._concurrently(enumerate(names), one))
-        return found
+        self.run(self._concurrently(names, one))
+        return [found[name] for name in names]
 
     async def _stat(self, name: str) -> ObjectInfo | None:
         url = self._object(name, fields="size,crc32c,generation,metadata")

@@ -112,20 +112,6 @@ def _ask(
         yield index, info, bool(info and info.holds(file.size, file.crc32c, file.digest))
 
 
-def stored_files(
-    store: ObjectStore, key: CacheKey, verify: str
-) -> tuple[Iterator[tuple[bytes, ObjectInfo]], bytes | None]:
-    """List the files under `key`, as `data_objects` does, and where the listing is cut off.
-
-    It is whole (and the second value None) if `verify` is "full"; "page" lists the first page.
-    """
-    if verify == "full":
-        return data_objects(list_objects(store, key.prefix), key.prefix), None
-    page = first_page(store, key.prefix)
-    last_path = page.objects[-1].name.removeprefix(key.prefix).encode() if page.next_token else None
-    return data_objects(page.objects, key.prefix), last_path
-
-
 def missing_files(
     store: ObjectStore, key: CacheKey, snapshot: Snapshot, verify: str = "full"
 ) -> Iterator[int]:
@@ -135,14 +121,21 @@ def missing_files(
         store: the bucket that `key` names.
         key: the entry.
         snapshot: the data.
-        verify: as in `stored_files`. With "page" the size is enough where the listing has neither
-            CRC32C nor digest: nothing is asked for.
+        verify: "full", or "page" for the files on the first page of the listing. With "page" the
+            size is enough where the listing has neither CRC32C nor digest: nothing is asked for.
 
     Raises:
         ConflictError: an object under `key` holds other bytes than its file, or has no file.
     """
-    listed = stored_files(store, key, verify)
-    for index, found, holds in compare(store, snapshot, *listed, trust_sizes=verify == "page"):
+    objects: Iterable[ObjectInfo] = list_objects(store, key.prefix)
+    last_path, is_page = None, verify == "page"
+    if is_page:
+        page = first_page(store, key.prefix)
+        objects = page.objects
+        if page.next_token is not None:
+            last_path = page.objects[-1].name.removeprefix(key.prefix).encode()
+    listed = data_objects(objects, key.prefix)
+    for index, found, holds in compare(store, snapshot, listed, last_path, trust_sizes=is_page):
         if found is None:
             if index is not None:
                 yield index
