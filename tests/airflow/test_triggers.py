@@ -4,21 +4,28 @@ import asyncio
 import json
 import threading
 import time
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
+from asgiref.sync import sync_to_async
+from google.auth.credentials import AnonymousCredentials, Credentials
+from google.cloud import storage
 
-from keras_remote_airflow import CacheSensor, connection, upload_data
+from keras_remote_airflow import CacheSensor, RetryPolicy, connection, upload_data
 from keras_remote_airflow._compat import make_gcs_hook
 from keras_remote_airflow.awaited import AwaitedDataset
+from keras_remote_airflow.core.errors import StoreError
 from keras_remote_airflow.core.refs import make_data_ref
 from keras_remote_airflow.testing import Fault
 from keras_remote_airflow.triggers import CacheTrigger
 
 try:
-    from airflow.sdk.exceptions import TaskDeferred
+    from airflow.sdk.exceptions import AirflowNotFoundException, TaskDeferred
 except ImportError:  # Airflow 3.1 and older
-    from airflow.exceptions import TaskDeferred  # type: ignore[no-redef]
+    from airflow.exceptions import AirflowNotFoundException, TaskDeferred  # type: ignore[no-redef]
 
 GOLDEN = "15d41417b45aa09c0450d8955b845bb278f2990728bcc5d919d62309a2c6ebee"
 MARKER = f"default/data-cache/{GOLDEN}/.cache_marker"
@@ -45,6 +52,12 @@ def run(cache_trigger):
 def published(gcs_server, dataset):
     upload_data("test-bucket", str(dataset))
     gcs_server.clear_requests()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Looks are given up after their first failure, and one without an answer at once."""
+    monkeypatch.setattr(AwaitedDataset, "policy", RetryPolicy(deadline=0, stall_timeout=0.1))
 
 
 def test_fires_the_ref(published):
@@ -137,9 +150,19 @@ def test_waits_while_only_the_marker_is_left(published, gcs_server):
     assert run(trigger(seconds=0.1))["status"] == "timeout"
 
 
-def test_rides_out_transient_errors(published, gcs_server):
-    gcs_server.add_fault(Fault(path=MARKER, times=2, status=503))
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, None])
+def test_an_outage_is_looked_at_again(published, gcs_server, impatient, status):
+    fault = Fault(path=MARKER, times=2, status=status)
+    gcs_server.add_fault(fault if status else replace(fault, action="stall"))
     assert run(trigger())["status"] == "found"
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 407, 410])
+def test_a_refusal_fails_but_may_be_retried(published, gcs_server, status):
+    gcs_server.add_fault(Fault(path=MARKER, times=0, status=status))
+    event = run(trigger())
+    assert (event["status"], event["permanent"]) == ("failed", False)
+    assert str(status) in event["message"]
 
 
 def test_an_unreadable_marker_fails_for_good_and_is_quoted(gcs_server):
@@ -149,24 +172,28 @@ def test_an_unreadable_marker_fails_for_good_and_is_quoted(gcs_server):
     assert "not a receipt" in event["message"]
 
 
-def test_a_refusal_fails_but_may_be_retried(published, gcs_server):
-    gcs_server.deny("get")
-    event = run(trigger())
-    assert (event["status"], event["permanent"]) == ("failed", False)
-
-
-def test_fetches_the_connection_once_and_tries_again_when_that_fails(published, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "times"),
+    [
+        (ConnectionError("the database is restarting"), 2),
+        (AirflowNotFoundException("what is said of a backend that does not answer, too"), 4),
+        (StoreError("the token service is away", transient=True), 9),
+    ],
+)
+def test_fetches_the_connection_once_and_tries_again_when_that_fails(
+    published, monkeypatch, error, times
+):
     calls = []
 
-    def failing_twice(**arguments):
+    def failing(**arguments):
         calls.append(arguments)
-        if len(calls) <= 2:
-            raise ConnectionError("the database is restarting")
+        if len(calls) <= times:
+            raise error
         return make_gcs_hook(**arguments)
 
-    monkeypatch.setattr(connection, "make_gcs_hook", failing_twice)
+    monkeypatch.setattr(connection, "make_gcs_hook", failing)
     assert run(trigger())["status"] == "found"
-    assert len(calls) == 3
+    assert len(calls) == times + 1
 
 
 def test_a_connection_that_never_comes_is_an_error_with_its_own_traceback(gcs_server, monkeypatch):
@@ -197,10 +224,145 @@ def test_the_event_loop_is_never_blocked(published, gcs_server):
     assert max(gaps) < 2, "a look took 3 s"
 
 
-def test_a_hundred_triggers_on_one_event_loop_all_find_it(published, gcs_server):
+def test_a_hundred_triggers_on_one_event_loop_share_a_connection(
+    published, gcs_server, monkeypatch
+):
     gcs_server.add_fault(Fault(path=MARKER, times=100, status=404))
+    fetched = []
+
+    def recording(**arguments):
+        fetched.append(arguments)
+        return make_gcs_hook(**arguments)
+
+    monkeypatch.setattr(connection, "make_gcs_hook", recording)
 
     async def hundred():
         return await asyncio.gather(*(events(trigger(seconds=60)) for _ in range(100)))
 
     assert all(event["status"] == "found" for (event,) in asyncio.run(hundred()))
+    assert len(fetched) == 1
+
+
+def test_a_refused_connection_is_not_handed_on(published, gcs_server, monkeypatch):
+    fetched = []
+
+    def recording(**arguments):
+        fetched.append(arguments)
+        return make_gcs_hook(**arguments)
+
+    monkeypatch.setattr(connection, "make_gcs_hook", recording)
+    gcs_server.add_fault(Fault(path="refused", times=0, status=401))
+
+    async def three():
+        waiting = asyncio.create_task(events(trigger(content_hash="0" * 64)))
+        (refused,) = await events(trigger(namespace_prefix="refused"))
+        (found,) = await events(trigger())
+        waiting.cancel()
+        return refused["status"], found["status"]
+
+    assert asyncio.run(three()) == ("failed", "found")
+    assert len(fetched) == 2
+
+
+@pytest.fixture
+def endpoints(monkeypatch):
+    """Airflow connection to URL, for connections that are not in Airflow."""
+    urls = {}
+
+    def hook(gcp_conn_id, impersonation_chain):
+        if gcp_conn_id not in urls:
+            return make_gcs_hook(gcp_conn_id=gcp_conn_id)
+        options = {"api_endpoint": urls[gcp_conn_id]}
+        client = storage.Client("p", AnonymousCredentials(), client_options=options)
+        return SimpleNamespace(get_conn=lambda: client)
+
+    monkeypatch.setattr(connection, "make_gcs_hook", hook)
+    return urls
+
+
+async def others_go_on():
+    """Return once work of other triggers is done, and that of a sensor elsewhere."""
+    assert await asyncio.to_thread(int) == await sync_to_async(int)() == 0
+    (event,) = await events(trigger())
+    assert event["status"] == "found"
+
+
+async def cancelled(*tasks):
+    for task in tasks:
+        task.cancel()
+    with suppress(asyncio.CancelledError):
+        await asyncio.gather(*tasks)
+
+
+def test_an_endpoint_that_never_answers_holds_up_no_other_trigger(published, endpoints):
+    reached, left = asyncio.Event(), asyncio.Event()
+
+    async def accept(reader, writer):
+        reached.set()
+        await reader.read()
+        left.set()
+        writer.close()
+
+    async def main():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
+            host, port = server.sockets[0].getsockname()
+            endpoints["dead"] = f"http://{host}:{port}"
+            waiting = [
+                asyncio.create_task(events(trigger(seconds=600, gcp_conn_id="dead")))
+                for _ in range(40)
+            ]
+            await reached.wait()
+            await others_go_on()
+            await cancelled(*waiting)
+            async with asyncio.timeout(30):
+                await left.wait()  # the last one has closed the connections
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.parametrize("what", ["connection", "token"])
+def test_a_fetch_that_never_ends_holds_up_no_other_trigger(
+    published, gcs_server, endpoints, monkeypatch, what
+):
+    begun, ends = threading.Event(), threading.Event()
+
+    def never_ending(*_):
+        begun.set()
+        ends.wait(60)
+
+    class Stuck(Credentials):
+        refresh = never_ending
+
+    def stuck_hook(gcp_conn_id, **arguments):
+        if gcp_conn_id != "stuck":
+            return make_gcs_hook(gcp_conn_id=gcp_conn_id)
+        if what == "connection":
+            never_ending()
+        options = {"api_endpoint": gcs_server.url}
+        client = storage.Client("p", Stuck(), client_options=options)
+        return SimpleNamespace(get_conn=lambda: client)
+
+    monkeypatch.setattr(connection, "make_gcs_hook", stuck_hook)
+
+    async def main():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        waiting = asyncio.create_task(events(trigger(seconds=600, gcp_conn_id="stuck")))
+        await asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(1), begun.wait)
+        await others_go_on()
+        await cancelled(waiting)
+
+    try:
+        asyncio.run(asyncio.wait_for(main(), 60))
+        assert not ends.is_set()
+    finally:
+        ends.set()
+
+
+def test_the_last_look_ends_whether_or_not_there_is_an_answer(published, gcs_server, impatient):
+    gcs_server.add_fault(Fault(path=MARKER, times=0, action="stall"))
+    assert run(trigger(seconds=-1))["status"] == "timeout"
+
+
+def test_a_look_of_a_sensor_gives_up_within_seconds_because_there_will_be_another():
+    assert AwaitedDataset.policy.deadline + AwaitedDataset.policy.stall_timeout <= 20

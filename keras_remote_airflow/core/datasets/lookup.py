@@ -98,8 +98,10 @@ async def look(store: AsyncReader, key: CacheKey, verify: str = "page") -> Cache
             size += info.size or 0
             unsized += info.size is None
         token = page.next_token
-        # Without a receipt, all that can be seen is whether there is anything.
-        is_enough = bool(files if receipt is None else verify == "page" and page.objects)
+        if receipt is None:  # then all that can be seen is whether there is anything
+            is_enough = files > 0
+        else:
+            is_enough = files > receipt.files or (verify == "page" and bool(page.objects))
         is_enough = is_enough or token is None
     if receipt is None:  # another client's marker
         if not files and key.content_hash != EMPTY_DIRECTORY_HASH:
