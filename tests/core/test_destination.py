@@ -320,3 +320,21 @@ def test_mount_of_a_directory_of_the_same_file_system_is_noticed(tmp_path):
         assert not os.path.ismount(place), "else this test shows nothing"
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+@needs_root
+def test_directory_of_a_containers_image_is_named_as_one_that_cannot_be_replaced(tmp_path):
+    for name in ("image/final", "upper", "work", "root"):
+        (tmp_path / name).mkdir(parents=True)
+    folders = f"lowerdir={tmp_path}/image,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    root = tmp_path / "root"
+    mount = ["mount", "-t", "overlay", "-o", folders, "overlay", str(root)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount, and overlayfs")
+    try:
+        (root / "data").mkdir()
+        with pytest.raises(OSError, match=f"container.*{root}/final"):
+            exchange(str(root / "data"), str(root / "final"))
+        assert sorted(os.listdir(root)) == ["data", "final"]
+    finally:
+        subprocess.run(["umount", str(root)], check=True)

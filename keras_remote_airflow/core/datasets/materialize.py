@@ -6,11 +6,12 @@ they are what the ref names. Readers of the destination see either nothing or th
 `core.disk.destination` tells how processes with the same destination wait for each other.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -33,7 +34,12 @@ from keras_remote_airflow.core.disk.destination import (
     write_record,
 )
 from keras_remote_airflow.core.disk.tree import system_path
-from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError
+from keras_remote_airflow.core.errors import (
+    DataChangedError,
+    IntegrityError,
+    InvalidInputError,
+    printable,
+)
 from keras_remote_airflow.core.layout import (
     KERAS_REMOTE,
     KINETIC,
@@ -133,67 +139,41 @@ def materialize(
             target = check_dest(os.path.join(cache, ref.cache_key.content_hash))
     with ExitStack() as stack:
         bucket = open_bucket(ref.bucket, client, project, retry, user_project)
-        job = _Job(
-            ref,
-            lambda: stack.enter_context(bucket),
-            replace=replace,
-            cache=cache,
-            cache_max_bytes=cache_max_bytes,
-            progress=progress,
-        )
+        store = functools.cache(lambda: stack.enter_context(bucket))
         if is_uri:
-            job.ask_marker()
-        path = job.run(target)
-    if cache is not None and cache_max_bytes is not None:
-        make_room(cache, cache_max_bytes)
-    return path
+            ref = find_ref(store(), ref.gcs_uri)
+        return _Job(ref, store, replace, cache, cache_max_bytes, progress).run(target)
 
 
+@dataclass
 class _Job:
     """One call of `materialize`.
 
-    Args:
+    Attributes:
         ref: what to get.
-        open_store: called when the first request is made.
+        store: opens the bucket, when the first request is made.
         replace, cache_max_bytes, progress: as for `materialize`.
         cache: the directory of this package's own copies that the data goes into, or None.
     """
 
-    def __init__(
-        self,
-        ref: DataRef,
-        open_store: Callable[[], ObjectStore],
-        *,
-        replace: bool,
-        cache: str | None,
-        cache_max_bytes: int | None,
-        progress: ProgressCallback | None,
-    ) -> None:
-        self._ref = ref
-        self._open_store = open_store
-        self._replace = replace
-        self._cache = cache
-        self._cache_max_bytes = cache_max_bytes
-        self._progress = progress
-
-    @cached_property
-    def _store(self) -> ObjectStore:
-        return self._open_store()
+    ref: DataRef
+    store: Callable[[], ObjectStore]
+    replace: bool
+    cache: str | None
+    cache_max_bytes: int | None
+    progress: ProgressCallback | None
 
     @property
-    def _source(self) -> RemoteData:
-        return RemoteData(self._store, self._ref)
-
-    def ask_marker(self) -> None:
-        """Learn from the dataset's marker what kind of dataset it is."""
-        self._ref = find_ref(self._store, self._ref.gcs_uri)
+    def source(self) -> RemoteData:
+        """The objects; asking for them opens the bucket."""
+        return RemoteData(self.store(), self.ref)
 
     def run(self, target: str | None) -> str:
         """Put the data at `target`, or (None) into the cache; return its path."""
-        ref = self._ref
+        ref = self.ref
         if target is None:  # data without a content hash, which only a cache gives a name
-            target = check_dest(os.path.join(self._cache or "", self._source.fingerprint()))
-        if self._cache is not None:
+            target = check_dest(os.path.join(self.cache or "", self.source.fingerprint()))
+        if self.cache is not None:
             hold(target)
         if ref.is_dir:
             final = target
@@ -203,7 +183,7 @@ class _Job:
             ):
                 check_replaceable(final)
         else:
-            final = os.path.join(target, system_path(self._source.single_name()))
+            final = os.path.join(target, system_path(self.source.single_name()))
             if os.path.isdir(final):
                 raise InvalidInputError(
                     f"destination is a directory, but the data is a single file: {final}, "
@@ -211,7 +191,7 @@ class _Job:
                 )
         if not self._is_whole(final) and self._fetch(final):
             return final
-        _log.info("Reusing what is there: %s holds %s", final, ref.gcs_uri)
+        _log.info("Reusing what is there: %s holds %s", printable(final), ref.gcs_uri)
         return final
 
     def _is_whole(self, final: str) -> bool:
@@ -224,14 +204,16 @@ class _Job:
         problem, content_hash = self._compare(final)
         if problem is None:
             return True
-        if self._cache is not None:
-            _log.warning("Downloading a copy again that was changed (%s): %s", problem, final)
+        if self.cache is not None:
+            _log.warning(
+                "Downloading a copy again that was changed (%s): %s", problem, printable(final)
+            )
             return False
-        if not self._replace:
+        if not self.replace:
             raise InvalidInputError(
                 f"destination holds something else ({problem}): {final}. Nothing was overwritten: "
                 "choose another dest, or remove it; replace=True replaces what materialize put "
-                f"there. Expected: {self._ref.gcs_uri}"
+                f"there. Expected: {self.ref.gcs_uri}"
             )
         records = read_records(final)
         if content_hash not in records or next(unhashed(final), None):
@@ -247,68 +229,74 @@ class _Job:
         from keras_remote_airflow.core.disk.hashing import take_snapshot
 
         try:
-            snapshot = take_snapshot(final, progress=self._progress)
-        except InvalidInputError as exc:
+            snapshot = take_snapshot(final, progress=self.progress)
+        except (InvalidInputError, DataChangedError) as exc:
             # The last sentence tells how to mend data that is to be uploaded.
             reason = str(exc).rpartition(". ")[0] or str(exc)
-            if self._cache is not None:
+            if self.cache is not None:
                 return reason, ""
+            if isinstance(exc, DataChangedError):
+                raise
             raise InvalidInputError(
                 f"destination is taken, and cannot be compared with the dataset ({reason}): "
                 f"{final}. Choose another dest, or empty this one."
             ) from exc
-        key = self._ref.cache_key
+        key = self.ref.cache_key
         problem = None
         if key is None or key.content_hash != snapshot.content_hash:  # else it needs no network
-            problem = self._source.problem(snapshot)
+            problem = self.source.problem(snapshot)
         return problem or next(unhashed(final), None), snapshot.content_hash
 
     def _fetch(self, final: str) -> bool:
         """Download the data to `final`; return False if another process has done it meanwhile."""
         from keras_remote_airflow.core.disk.hashing import take_snapshot
 
-        source, seen = self._source, _identity(final)
+        seen = _identity(final)
         with self._partial_directory(final) as partial:
             if _identity(final) != seen and self._is_whole(final):
                 return False
-            self._make_room()
+            source = self.source
+            if self.cache_max_bytes is not None:
+                receipt = source.receipt()
+                self._make_room(receipt.total_bytes if receipt else 0)
             folder = os.path.join(partial, "data")
             os.mkdir(folder)
-            received = download(source, folder, self._progress)
+            received = download(source, folder, self.progress)
             if not received.files and not source.may_be_empty:
                 raise IntegrityError(
-                    f"found no objects at {self._ref.gcs_uri}. Check the URI; if a lifecycle rule "
+                    f"found no objects at {self.ref.gcs_uri}. Check the URI; if a lifecycle rule "
                     "deleted them, have the data uploaded again."
                 )
-            whole = folder if self._ref.is_dir else os.path.join(folder, os.path.basename(final))
+            whole = folder if self.ref.is_dir else os.path.join(folder, os.path.basename(final))
             expected = received.files, received.bytes
-            snapshot = take_snapshot(whole, expected=expected, progress=self._progress)
+            snapshot = take_snapshot(whole, expected=expected, progress=self.progress)
             problem = source.problem(snapshot)
             if problem:
                 raise IntegrityError(
                     f"the data is not what its ref names: {problem}. Nothing was left at {final}. "
-                    f"Remove what is under {self._ref.gcs_uri}, marker included, and have the data "
+                    f"Remove what is under {self.ref.gcs_uri}, marker included, and have the data "
                     "uploaded again."
                 )
-            write_record(whole, final, snapshot.content_hash, beside=self._replace)
+            write_record(whole, final, snapshot.content_hash, beside=self.replace)
             if not put(whole, final):
-                if self._cache is None and self._is_whole(final):
+                if self.cache is None and self._is_whole(final):
                     return False
                 exchange(whole, final)
+        self._make_room()
         _log.info(
             "Materialized %s (%s) in %.1f s at %s: %s",
             format_files(received.files),
             format_bytes(received.bytes),
             received.seconds,
-            final,
-            self._ref.gcs_uri,
+            printable(final),
+            self.ref.gcs_uri,
         )
         return True
 
     @contextmanager
     def _partial_directory(self, final: str) -> Iterator[str]:
         """Own a directory beside the destination to download into."""
-        if self._ref.is_dir and os.path.lexists(final):
+        if self.ref.is_dir and os.path.lexists(final):
             check_replaceable(final)
         folder = os.path.dirname(final)
         with ExitStack() as stack:
@@ -332,11 +320,9 @@ class _Job:
                 ) from exc
             yield partial
 
-    def _make_room(self) -> None:
-        if self._cache is not None and self._cache_max_bytes is not None:
-            receipt = self._source.receipt()
-            needed = receipt.total_bytes if receipt else 0
-            make_room(self._cache, self._cache_max_bytes, needed)
+    def _make_room(self, needed_bytes: int = 0) -> None:
+        if self.cache is not None and self.cache_max_bytes is not None:
+            make_room(self.cache, self.cache_max_bytes, needed_bytes)
 
 
 def find_ref(store: ObjectStore, gcs_uri: str) -> DataRef:

@@ -31,7 +31,8 @@ from keras_remote_airflow.core.disk.destination import (
     partial_name,
     sweep,
 )
-from keras_remote_airflow.core.errors import InvalidInputError
+from keras_remote_airflow.core.disk.tree import TOO_MANY_OPEN, patiently
+from keras_remote_airflow.core.errors import InvalidInputError, printable
 from keras_remote_airflow.core.progress import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -77,25 +78,31 @@ def hold(copy: str) -> None:
         with suppress(PermissionError):  # another user's file
             os.utime(_held[copy])
     except (OSError, NotImplementedError) as exc:
-        if isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE):
+        if isinstance(exc, OSError) and exc.errno in TOO_MANY_OPEN:
             raise
         _log.debug("Using a copy without a lock (%s): %s", exc, copy)
 
 
 def make_room(cache: str, max_bytes: int, needed_bytes: int = 0) -> None:
-    """Remove the least recently used copies until so many bytes fit; keep those that are in use."""
+    """Remove the least recently used copies until the others fit; keep those that are in use.
+
+    Args:
+        cache: the directory.
+        max_bytes: what the copies may take.
+        needed_bytes: what another copy is about to take.
+    """
     copies = sorted(_find_copies(cache))
     total = needed_bytes + sum(size for _, _, size in copies)
     for _, copy, size in copies:
         if total > max_bytes and _remove(copy):
-            _log.info("Removed a copy (%s) from the cache: %s", format_bytes(size), copy)
+            _log.info("Removed a copy (%s) from the cache: %s", format_bytes(size), printable(copy))
             total -= size
-    if total > max_bytes:
+    if total > max_bytes and not needed_bytes:
         _log.warning(
             "The cache takes %s, limit %s: the copies left are in use, or cannot be locked: %s",
             format_bytes(total),
             format_bytes(max_bytes),
-            cache,
+            printable(cache),
         )
 
 
@@ -132,11 +139,11 @@ def _lock(path: str, operation: int) -> int:
         raise NotImplementedError
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            descriptor = _open(path, os.O_RDWR | os.O_CREAT)
         except OSError as exc:
             if exc.errno not in (errno.EACCES, errno.EROFS):
                 raise
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = _open(path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, operation)
             if is_at(descriptor, path):
@@ -145,6 +152,10 @@ def _lock(path: str, operation: int) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)  # removed meanwhile, with its copy
+
+
+def _open(path: str, flags: int) -> int:
+    return patiently(lambda: os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
 
 
 def _use_file(copy: str) -> str:

@@ -24,7 +24,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from keras_remote_airflow.core.disk.tree import refusing, system_path
+from keras_remote_airflow.core.disk.tree import patiently, refusing, system_path
 from keras_remote_airflow.core.errors import InvalidInputError
 
 _log = logging.getLogger(__name__)
@@ -210,10 +210,18 @@ def exchange(source: str, final: str) -> None:
         os.replace(source, final)
         return
     os.chmod(source, stat.S_IMODE(os.stat(final).st_mode))
-    if _exchange_in_one_step(source, final):
-        return
     old = os.path.join(os.path.dirname(source), "old")
-    os.rename(final, old)
+    try:
+        if _exchange_in_one_step(source, final):
+            return
+        os.rename(final, old)
+    except OSError as exc:
+        raise OSError(
+            exc.errno,
+            f"destination cannot be replaced ({exc.strerror}; is it part of a container's image?). "
+            "Choose a directory on a volume, or a path that is not there",
+            final,
+        ) from exc
     try:
         os.rename(source, final)
     except BaseException:
@@ -360,7 +368,8 @@ def _lock(directory: str, wait: bool) -> tuple[int, str]:
 def _open_directory(path: str) -> int | None:
     """Return a descriptor of the directory, or None for what another user has put there."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        return patiently(lambda: os.open(path, flags))
     except FileNotFoundError:
         raise
     except OSError as exc:
