@@ -281,7 +281,7 @@ def test_what_others_put_there_is_not_replaced(directory, single, tree, tmp_path
 
 def test_what_changes_while_the_next_is_downloaded_is_not_replaced(directory, tomorrows, tmp_path):
     dest = tmp_path / "out"
-    materialize(directory, dest)
+    materialize(directory, dest, replace=True)
 
     def spoil(update):
         if update.activity == "Downloading":
@@ -303,7 +303,7 @@ def test_link_is_not_replaced(directory, tomorrows, tmp_path):
 
 def test_reader_of_what_is_replaced_keeps_what_it_has_opened(directory, tomorrows, tmp_path):
     dest = tmp_path / "out"
-    materialize(directory, dest)
+    materialize(directory, dest, replace=True)
     with (dest / "train.csv").open() as file:
         materialize(tomorrows[True], dest, replace=True)
         assert file.read() == "t"
@@ -371,6 +371,7 @@ def test_cache_dir_goes_before_the_refs_mount_path(directory, tmp_path):
     assert materialize(directory, cache_dir=tmp_path) == str(tmp_path / name)
 
 
+@needs_flock
 def test_copies_that_no_process_uses_make_room(directory, single, tmp_path):
     cache = tmp_path / "cache"
     old = cache / ("0" * 64)
@@ -385,6 +386,7 @@ def test_copies_that_no_process_uses_make_room(directory, single, tmp_path):
     assert os.path.exists(path)
 
 
+@needs_flock
 def test_room_is_made_before_the_download(directory, tmp_path):
     old = tmp_path / ("0" * 64)
     old.mkdir()
@@ -442,7 +444,7 @@ def test_wrong_arguments_are_refused_before_anything_is_read_or_requested(
 
 
 def test_directory_one_is_in_is_reused_if_it_is_the_dataset(directory, tmp_path, monkeypatch):
-    dest = materialize(directory, tmp_path / "out")
+    dest = materialize(directory, tmp_path / "out", replace=True)
     monkeypatch.chdir(f"{dest}/sub")
     assert materialize(directory, dest) == dest
     assert materialize(directory, "..") == dest

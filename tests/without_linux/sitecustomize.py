@@ -28,6 +28,7 @@ ONLY_ON_LINUX = {
         "process_cpu_count",  # asks sched_getaffinity
         "sched_getaffinity",
         "sched_setaffinity",
+        "setxattr",
         "splice",
     ),
     fcntl: ("flock",),  # macOS has it; some systems do not
