@@ -239,6 +239,13 @@ def test_answers_that_are_compressed_on_the_way_are_read(proxy, gcs_bucket, tree
     proxy.compresses = True
     there_and_back(client_for(f"http://{HOST}"), gcs_bucket, tree(FILES), tmp_path / "copy")
     assert {headers["Accept-Encoding"] for _, _, headers in proxy.seen} == {"gzip"}
+    # A few kilobytes on the wire become nine megabytes, which are never in memory together.
+    steps: list[int] = []
+    with open_bucket(gcs_bucket, client_for(f"http://{HOST}")) as store:
+        [large] = [info for info in list_objects(store, "") if info.name.endswith("/large")]
+        wanted = ObjectToFetch(large, str(tmp_path / "large"))
+        store.download([wanted], lambda _: None, steps.append)
+    assert max(steps) <= 2 << 20 < sum(step for step in steps if step > 0)
 
 
 def make_certificate(folder: Path) -> Path:
