@@ -565,22 +565,6 @@ def _hash_patiently(root: str, index: str) -> str:
     return take_snapshot(root, index, config=config).content_hash
 
 
-def test_an_unchanged_block_is_not_written_again(tmp_path, index):
-    root = tmp_path / "data"
-    for number in range(6):
-        _write(root / f"{number}" / "file", b"x")
-    _hash(root, index)
-    _sql(
-        "CREATE TABLE written (folder)",
-        "CREATE TRIGGER note AFTER INSERT ON blocks"
-        " BEGIN INSERT INTO written VALUES (new.folder); END",
-    )(Path(index))
-    _write(root / "3" / "file", b"y")
-    _hash(root, index)
-    with closing(sqlite3.connect(index)) as db:
-        assert db.execute("SELECT folder FROM written").fetchall() == [(b"3/",)]
-
-
 def test_the_format_is_the_documented_one(tree, index):
     take_snapshot(str(tree), index, config=SETTLED)
     with closing(sqlite3.connect(index)) as db:

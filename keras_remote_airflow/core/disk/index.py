@@ -47,13 +47,20 @@ from pathlib import Path
 import google_crc32c
 
 from keras_remote_airflow.core.disk.snapshot import Snapshot
-from keras_remote_airflow.core.disk.tree import OPEN_FLAGS, open_path, stat_path, system_path
-from keras_remote_airflow.core.errors import DataNotFoundError, InvalidInputError, printable
+from keras_remote_airflow.core.disk.tree import (
+    ABSENT,
+    OPEN_FLAGS,
+    open_path,
+    stat_path,
+    system_path,
+)
+from keras_remote_airflow.core.errors import InvalidInputError, printable
 
 _log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x4B524958
 FORMAT_VERSION = 1
+_HEADER = b"SQLite format 3\0" + FORMAT_VERSION.to_bytes(4) + APPLICATION_ID.to_bytes(4)
 _BLOCK_FILES = 1_000
 _CREATE = f"""
     BEGIN IMMEDIATE;
@@ -68,13 +75,6 @@ _READ = """
     SELECT last, crc32c, names, files FROM blocks
     WHERE root = ? AND folder = ? AND last >= ? ORDER BY last
 """
-# A block that is stored already is not written again.
-_WRITE = """
-    REPLACE INTO blocks SELECT ?1, ?2, ?3, ?4, ?5, ?6 WHERE NOT EXISTS (
-        SELECT 1 FROM blocks WHERE (root, folder, last, crc32c) = (?1, ?2, ?3, ?4))
-"""
-_COUNT = "SELECT count(*) FROM blocks WHERE root = ?"
-_FORGET = "DELETE FROM blocks WHERE root = ?"
 # What reading and writing a file of any content may raise.
 _FAILURES = (sqlite3.Error, OSError, ValueError, TypeError)
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
@@ -102,10 +102,10 @@ class HashIndex:
         self._has_news = self._is_damaged = False
         self._may_write = True
         self._db: sqlite3.Connection | None = None
-        self._places: list[tuple[int, int]] = []
+        self._places: list[os.stat_result] = []
         for place in (Path(self._path), *Path(self._path).parents):
             with suppress(OSError):
-                self._places.append(_identity(os.stat(place)))
+                self._places.append(os.stat(place))
         self.check_outside(stat_path(root))
         try:
             if self._check_format():
@@ -123,7 +123,7 @@ class HashIndex:
 
         Device and inode tell, since links, mounts and letter case lead to other names.
         """
-        if _identity(folder) in self._places:
+        if any(os.path.samestat(folder, place) for place in self._places):
             raise InvalidInputError(
                 "the hash index is inside the data, so writing it would change the hash: "
                 f"{self._path} in {os.fsdecode(self._root)}. Put it elsewhere."
@@ -175,12 +175,16 @@ class HashIndex:
         Args:
             files: by device, the path of a file on it.
         """
-        for device in files.keys() - self._written_back:
-            descriptor = open_path(files[device], OPEN_FLAGS)
-            try:
-                _write_back(descriptor)
-            finally:
-                os.close(descriptor)
+        devices = files.keys() - self._written_back
+        if not devices:
+            return
+        import ctypes  # takes some milliseconds
+
+        syncfs = getattr(ctypes.CDLL(None), "syncfs", None)  # macOS has none
+        for device in devices:
+            with open(open_path(files[device], OPEN_FLAGS), "rb", buffering=0) as file:
+                if syncfs is None or syncfs(file.fileno()):
+                    os.sync()
             self._written_back.add(device)
 
     def save(self, snapshot: Snapshot) -> None:
@@ -193,24 +197,17 @@ class HashIndex:
                 for path in (self._path, f"{self._path}-journal"):
                     with suppress(FileNotFoundError):
                         os.unlink(path)
-            is_new = not self._check_format()
+            self._check_format()
             with suppress(FileExistsError):  # only for this user: file names can be private
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             with closing(self._connect()) as db, db:
-                if is_new:
-                    db.executescript(_CREATE)
+                db.executescript(_CREATE)
                 db.execute("BEGIN IMMEDIATE")
                 for [root] in db.execute("SELECT DISTINCT root FROM blocks").fetchall():
-                    if _is_gone(root):
-                        db.execute(_FORGET, [root])
-                count = 0
-                for block in self._blocks(snapshot):
-                    db.execute(_WRITE, block)
-                    count += 1
-                if db.execute(_COUNT, [self._root]).fetchone() != (count,):
-                    # Blocks end at other files than before, or folders are gone.
-                    db.execute(_FORGET, [self._root])
-                    db.executemany(_WRITE, self._blocks(snapshot))
+                    if root == self._root or _is_gone(root):
+                        db.execute("DELETE FROM blocks WHERE root = ?", [root])
+                rows = self._blocks(snapshot)
+                db.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?, ?, ?)", rows)
         except _FAILURES as exc:
             _log.warning("The hash index could not be written (%s): %s", exc, printable(self._path))
 
@@ -221,11 +218,9 @@ class HashIndex:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         is_wrong = code in _DAMAGE or isinstance(error, ValueError | TypeError)
         self._may_write = self._is_damaged = self._db is not None and is_wrong
-        hint = "" if self._db else ". It is left alone: delete it, or name another file."
         self.close()
         self._db = None
-        path = printable(self._path)
-        _log.warning("The hash index is ignored (%s): %s%s", error, path, hint)
+        _log.warning("The hash index is ignored (%s): %s", error, printable(self._path))
 
     def _check_format(self) -> bool:
         """Return whether the index was written before; raise ValueError if another file is there.
@@ -236,16 +231,12 @@ class HashIndex:
             descriptor = os.open(self._path, OPEN_FLAGS)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        try:
+        with open(descriptor, "rb", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ValueError("it is not a file")
-            header = os.read(descriptor, 72)  # https://www.sqlite.org/fileformat.html
-        finally:
-            os.close(descriptor)
-        if header and not (header.startswith(b"SQLite format 3\0") and header[68:] == b"KRIX"):
-            raise ValueError("it is no hash index")
-        if (version := int.from_bytes(header[60:64])) != FORMAT_VERSION and header:
-            raise ValueError(f"it has user_version {version}, this version reads {FORMAT_VERSION}")
+            header = file.read(72)  # https://www.sqlite.org/fileformat.html
+        if header and (header[:16] + header[60:64] + header[68:]) != _HEADER:
+            raise ValueError(f"it is no hash index of format {FORMAT_VERSION}")
         return bool(header)  # empty: another process is about to write it
 
     def _connect(self) -> sqlite3.Connection:
@@ -280,29 +271,13 @@ class HashIndex:
                 yield self._root, folder, names[-1], crc32c, joined, files
 
 
-def _identity(state: os.stat_result) -> tuple[int, int]:
-    return state.st_dev, state.st_ino
-
-
 def _is_gone(root: bytes) -> bool:
     try:
-        stat_path(root)
-    except DataNotFoundError:
-        return True
-    except (InvalidInputError, OSError):  # that can't be told just now
-        pass
+        os.stat(root)
+    except OSError as exc:
+        return exc.errno in ABSENT
     return False
 
 
 def _crc32c(*columns: bytes) -> int:
-    crc32c: int = google_crc32c.value(b"\0".join(columns))
-    return crc32c
-
-
-def _write_back(descriptor: int) -> None:
-    """Write back the file system that the open file is on, or all where that is not to be had."""
-    import ctypes
-
-    syncfs = getattr(ctypes.CDLL(None), "syncfs", None)  # macOS has none
-    if syncfs is None or syncfs(descriptor):
-        os.sync()
+    return int(google_crc32c.value(b"\0".join(columns)))

@@ -36,14 +36,14 @@ _FILES_TOGETHER = 1_000
 # How many linked or empty directories a log line names.
 _SHOWN = 10
 # Errors that say that nothing is there. Any other one leaves that open.
-_ABSENT = (errno.ENOENT, errno.ENOTDIR)
+ABSENT = (errno.ENOENT, errno.ENOTDIR)
 # Errors for a link that leads to itself, and for too long a path.
 _UNUSABLE = (errno.ELOOP, errno.ENAMETOOLONG)
 # Errors of a process, or a machine, that has too many files open.
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 _PATIENCE_SECONDS = 30
 # Errors for a file that was there: it is gone, or something else has taken its place.
-_VANISHED = (*_ABSENT, errno.ELOOP, errno.ENXIO)
+_VANISHED = (*ABSENT, errno.ELOOP, errno.ENXIO)
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -184,7 +184,7 @@ def not_a_file(path: str | bytes, mode: int) -> InvalidInputError:
 
 def _unusable(path: str | bytes, error: OSError) -> Exception:
     path = os.fsdecode(path)
-    if error.errno in _ABSENT:
+    if error.errno in ABSENT:
         try:
             target = os.readlink(path)
         except OSError:  # it is no link
