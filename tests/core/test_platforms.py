@@ -1,5 +1,6 @@
 """Core works where Linux's own calls are missing; Windows is told what to do instead."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from keras_remote_airflow import upload_data
+
 from . import reference
+from .conftest import on_disk
 
 WITHOUT_LINUX = Path(__file__).parents[1] / "without_linux"
 
@@ -45,6 +49,31 @@ print(os.listdir(dest))
     said = run(script, str(root), str(tmp_path / "index"), str(tmp_path / "dest"), PYTHONPATH=path)
     expected = reference.content_hash(str(root))
     assert said.split() == [expected, expected, "['file']"]
+
+
+# What keeps Python from going over to UTF-8 by itself.
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+
+
+def test_objects_and_copies_have_the_same_names_whatever_the_locale(tree, tmp_path, gcs_bucket):
+    root = tree({"é": "1", "ü/日本": "2"}, "données")
+    script = """
+import json, os, sys
+from keras_remote_airflow import make_data_ref, materialize, upload_data
+assert sys.getfilesystemencoding() != "utf-8"
+bucket, root, single, dest = json.loads(sys.argv[1])
+for path, is_dir in ((root, True), (single, False)):
+    uri = upload_data(bucket, path)
+    copy = materialize(make_data_ref(uri, is_dir), dest if is_dir else dest + "-1")
+    os.stat(copy)
+    assert upload_data(bucket, copy) == uri
+    print(uri)
+"""
+    paths = [str(root), str(root / "é"), str(tmp_path / "çopie")]
+    uris = run(script, json.dumps([gcs_bucket, *paths]), **ASCII).split()
+    assert uris == [upload_data(gcs_bucket, paths[0]), upload_data(gcs_bucket, paths[1])]
+    assert on_disk(tmp_path / "çopie") == on_disk(root)
+    assert on_disk(tmp_path / "çopie-1") == {"é": b"1"}
 
 
 # As on Windows: the name of the system, a module that is missing, and some calls.
