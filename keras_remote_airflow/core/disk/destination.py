@@ -180,7 +180,10 @@ def sweep(folder: str) -> None:
     """Remove the directories of this kind that killed processes of this user left in `folder`."""
     for name in os.listdir(folder):
         if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
-            with suppress(OSError), locked(os.path.join(folder, name), wait=False):
+            with (
+                suppress(OSError, InvalidInputError),
+                locked(os.path.join(folder, name), wait=False),
+            ):
                 pass
 
 
