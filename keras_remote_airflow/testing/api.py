@@ -9,7 +9,6 @@ import logging
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from email.utils import formatdate
 from functools import partial
 from typing import Any
@@ -25,9 +24,9 @@ from .objects import (
     SETTABLE,
     NewObject,
     StoredObject,
-    changed_fields,
     check_name,
     check_preconditions,
+    merge_patch,
 )
 from .resources import bucket_resource, object_reply, object_resource
 from .unsupported import bucket_settings, refuse_object_settings, refuse_parameters, refuse_path
@@ -45,6 +44,7 @@ _DOWNLOAD_HEADERS = {
     "contentLanguage": ["Content-Language"],
     "storageClass": ["X-Goog-Storage-Class"],
 }
+_RANGE = re.compile(r"\s*bytes\s*=\s*(\d*)-(\d*)\s*", re.IGNORECASE | re.ASCII)
 
 
 class Api:
@@ -164,18 +164,12 @@ class Api:
             self._buckets.delete_bucket(name)
             return Reply(204)
         if call.method in ("PATCH", "PUT"):
-            settings = bucket_settings(parse_json(call.body))
-            if call.method == "PATCH":
-                labels = {**bucket.settings.get("labels", {}), **(settings.get("labels") or {})}
-                if settings.get("labels"):
-                    settings["labels"] = {k: v for k, v in labels.items() if v is not None}
-                settings = {**bucket.settings, **settings}
-            given = {key: value for key, value in settings.items() if value is not None}
-            self._buckets.change_bucket(bucket, given)
+            before = bucket.settings if call.method == "PATCH" else {}
+            changes = bucket_settings(parse_json(call.body))
+            self._buckets.change_bucket(bucket, merge_patch(before, changes))
         elif not call.reads:
             raise not_allowed(call.method)
-        reply = json_reply(call, bucket_resource(bucket, call.base_url))
-        return replace(reply, headers={**reply.headers, "ETag": bucket.etag})
+        return json_reply(call, bucket_resource(bucket, call.base_url), ETag=bucket.etag)
 
     def _policy(self, call: Call, bucket: str) -> Reply:
         self._buckets[bucket]  # 404 if there is none
@@ -219,8 +213,9 @@ class Api:
             return Reply(204)
         resource = parse_json(call.body)
         refuse_object_settings(resource)
-        changes = changed_fields(stored, resource, keep=call.method == "PATCH")
-        self._buckets.change(stored, changes)
+        before = stored.writable if call.method == "PATCH" else {"name": name}
+        new = NewObject.from_resource(merge_patch(before, {**resource, "name": name}), {})
+        self._buckets.change(stored, new)
         return self._resource(call, stored)
 
     def _get(self, call: Call, bucket: str, name: str) -> Reply:
@@ -267,8 +262,7 @@ class Api:
         return Reply(status, headers, stream=stored.body.read(start, end), length=end - start)
 
     def _resource(self, call: Call, stored: StoredObject) -> Reply:
-        reply = object_reply(call, stored, self._buckets[stored.bucket])
-        return replace(reply, headers={**reply.headers, "ETag": stored.etag})
+        return object_reply(call, stored, self._buckets[stored.bucket])
 
     # Objects made from other objects.
 
@@ -362,17 +356,15 @@ def answer_or_error(call: Call, answer: Callable[[], Reply]) -> Reply:
 def parse_range(header: str, size: int) -> tuple[int, int] | None:
     """First byte and end of a `Range` header; None for the whole. An empty range is not
     satisfiable. Malformed headers and several ranges are ignored (RFC 9110, 14.2)."""
-    unit, _, spec = header.partition("=")
-    first, dash, last = spec.strip().partition("-")
-    if unit.strip().lower() != "bytes" or not dash or "," in spec:
+    found = _RANGE.fullmatch(header)
+    if found is None or not any(found.groups()):
         return None
-    if not all(text == "" or (text.isascii() and text.isdigit()) for text in (first, last)):
-        return None
-    if first == "":
-        return None if last == "" else (max(0, size - int(last)), size)
-    if last and int(last) < int(first):
-        return None
-    return int(first), min(size, int(last) + 1) if last else size
+    first, last = (int(text) if text else None for text in found.groups())
+    if first is None:
+        return max(0, size - (last or 0)), size
+    if last is None:
+        return first, size
+    return (first, min(size, last + 1)) if last >= first else None
 
 
 def _unzipped(stored: StoredObject) -> bytes | None:

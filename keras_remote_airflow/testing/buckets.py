@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -188,16 +188,38 @@ class Buckets:
                 f"{datetime.fromtimestamp(until / 1e6, UTC).isoformat()}",
             )
 
-    def put(self, bucket: str, new: NewObject, body: Body) -> StoredObject:
+    def put(
+        self, bucket: str, new: NewObject, body: Body, component_count: int | None = None
+    ) -> StoredObject:
         """Store bytes, overwriting what is there; 400 if a declared hash differs."""
-        stored = self._stored(bucket, new, body, body.crc32c)
+        held = self[bucket]
+        now = self._now()
+        default = {"eventBasedHold": True} if held.settings.get("defaultEventBasedHold") else {}
+        stored = StoredObject(
+            bucket,
+            new.name,
+            body,
+            generation=now,
+            crc32c=body.crc32c,
+            content_type=new.content_type,
+            metadata=new.metadata,
+            settings={**default, **new.settings},
+            component_count=component_count,
+            created=now,
+            updated=now,
+        )
         for name, declared in new.hashes if self.checks_hashes else ():
             if declared != (actual := getattr(stored, name)):
                 kind = "CRC32C" if name == "crc32c" else "MD5 hash"
                 raise invalid(
                     f'Provided {kind} "{declared}" doesn\'t match calculated {kind} "{actual}".'
                 )
-        return self._keep(stored)
+        self._save_object(stored)
+        before = held.objects.get(new.name)
+        held.add(stored)
+        if before is not None and before.body is not body:
+            before.body.discard()
+        return stored
 
     def delete(self, stored: StoredObject) -> None:
         bucket = self[stored.bucket]
@@ -206,36 +228,25 @@ class Buckets:
         bucket.remove(stored)
         stored.body.discard()
 
-    def change(self, stored: StoredObject, fields: Mapping[str, Any]) -> None:
-        """Replace some of an object's fields; the generation stays, the metageneration grows."""
+    def change(self, stored: StoredObject, new: NewObject) -> None:
+        """Change what a writer says; the generation stays, the metageneration grows."""
         stored.updated = self._now()
-        was_held = stored.settings.get("eventBasedHold")
-        for name, value in fields.items():
-            setattr(stored, name, value)
-        if was_held and not stored.settings.get("eventBasedHold"):
+        if stored.settings.get("eventBasedHold") and not new.settings.get("eventBasedHold"):
             stored.released = stored.updated
+        stored.content_type, stored.metadata = new.content_type, new.metadata
+        stored.settings = new.settings
         stored.metageneration += 1
         self._save_object(stored)
 
-    def compose(self, bucket: str, new: NewObject, sources: Iterable[StoredObject]) -> StoredObject:
+    def compose(self, bucket: str, new: NewObject, sources: list[StoredObject]) -> StoredObject:
         """Concatenate objects into one. A composite object has no MD5."""
-        body = self.new_body(bucket)
-        parts = 0
-        for source in sources:
-            parts += source.component_count or 1
-            for piece in source.body.read():
-                body.write(piece)
-        return self._keep(self._stored(bucket, new, body, body.crc32c, component_count=parts))
+        count = sum(source.component_count or 1 for source in sources)
+        return self.put(bucket, new, self._joined(bucket, sources), count)
 
     def copy(self, source: StoredObject, bucket: str, new: NewObject) -> StoredObject:
         """Store the same bytes under another name (or over the same one)."""
-        body = source.body
-        if self._folder is not None:
-            body = self.new_body(bucket)
-            for piece in source.body.read():
-                body.write(piece)
-        count = source.component_count
-        return self._keep(self._stored(bucket, new, body, source.crc32c, component_count=count))
+        body = source.body if self._folder is None else self._joined(bucket, [source])
+        return self.put(bucket, new, body, source.component_count)
 
     def time(self) -> int:
         """Microseconds since the epoch by this server's clock."""
@@ -248,41 +259,12 @@ class Buckets:
         self._clock = max(self._clock + 1, self.time())
         return self._clock
 
-    def _stored(
-        self,
-        bucket: str,
-        new: NewObject,
-        body: Body,
-        crc32c: str,
-        component_count: int | None = None,
-    ) -> StoredObject:
-        """An object that is not in its bucket yet."""
-        now = self._now()
-        settings = new.settings
-        if self[bucket].settings.get("defaultEventBasedHold"):
-            settings = {"eventBasedHold": True, **settings}
-        return StoredObject(
-            bucket,
-            new.name,
-            body,
-            generation=now,
-            crc32c=crc32c,
-            content_type=new.content_type,
-            metadata=new.metadata,
-            settings=settings,
-            component_count=component_count,
-            created=now,
-            updated=now,
-        )
-
-    def _keep(self, stored: StoredObject) -> StoredObject:
-        bucket = self[stored.bucket]
-        self._save_object(stored)
-        before = bucket.objects.get(stored.name)
-        bucket.add(stored)
-        if before is not None and before.body is not stored.body:
-            before.body.discard()
-        return stored
+    def _joined(self, bucket: str, sources: list[StoredObject]) -> Body:
+        body = self.new_body(bucket)
+        for source in sources:
+            for piece in source.body.read():
+                body.write(piece)
+        return body
 
     def _save_bucket(self, bucket: Bucket) -> None:
         if self._folder is not None:

@@ -114,10 +114,11 @@ def parse_json(data: bytes | bytearray) -> dict[str, Any]:
     return value or {}
 
 
-def json_reply(call: Call, value: dict[str, Any]) -> Reply:
+def json_reply(call: Call, value: dict[str, Any], **headers: str) -> Reply:
     """200, with what the call's `fields` select."""
     chosen = select(value, call.field_tree)
-    return Reply(200, _JSON, json.dumps(chosen, ensure_ascii=False).encode(errors="replace"))
+    body = json.dumps(chosen, ensure_ascii=False).encode(errors="replace")
+    return Reply(200, {**_JSON, **headers}, body)
 
 
 def error_reply(exc: ApiError, *, plain: bool = False) -> Reply:

@@ -71,6 +71,12 @@ class StoredObject:
         return self._md5
 
     @property
+    def writable(self) -> dict[str, Any]:
+        """The part of the object's resource that a client can change."""
+        content = {"contentType": self.content_type, "metadata": self.metadata}
+        return {"name": self.name, **content, **self.settings}
+
+    @property
     def etag(self) -> str:
         return etag(self.generation, self.metageneration)
 
@@ -187,8 +193,8 @@ class NewObject:
         return cls(
             name=name,
             content_type=_text(resource, "contentType"),
-            metadata=custom_metadata(resource.get("metadata")),
-            settings=object_settings(resource),
+            metadata=_custom_metadata(resource.get("metadata")),
+            settings=_settings(resource),
             hashes=_checked_hashes(declared),
         )
 
@@ -214,31 +220,21 @@ class NewObject:
         return replace(self, hashes=self.hashes + hashes) if hashes else self
 
 
-def changed_fields(
-    stored: StoredObject, resource: Mapping[str, Any], *, keep: bool
-) -> dict[str, Any]:
-    """The fields of an object after a PATCH (`keep`) or an update with this resource."""
-    metadata = dict(stored.metadata or {}) if keep else {}
-    given = resource.get("metadata", {})
-    if given is None:
-        metadata = {}
-    elif isinstance(given, dict):
-        metadata.update(given)
-    else:
-        raise invalid(f"Invalid value for metadata: {given!r}")
-    content_type = _text(resource, "contentType")
-    if keep and "contentType" not in resource:
-        content_type = stored.content_type
-    removed = {key for key in SETTABLE if key in resource and resource[key] is None}
-    kept = {key: value for key, value in stored.settings.items() if keep and key not in removed}
-    return {
-        "content_type": content_type,
-        "metadata": custom_metadata({k: v for k, v in metadata.items() if v is not None}),
-        "settings": {**kept, **object_settings(resource)},
-    }
+def merge_patch(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON merge patch (RFC 7396): null removes a key, objects are merged."""
+    merged = {key: value for key, value in old.items() if value is not None}
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            before = old.get(key)
+            merged[key] = merge_patch(before if isinstance(before, dict) else {}, value)
+        elif value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = value
+    return merged
 
 
-def object_settings(resource: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(resource: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in an object resource."""
     for hold in HOLDS:
         if not isinstance(resource.get(hold, False), bool | None):
@@ -253,7 +249,7 @@ def _text(resource: Mapping[str, Any], key: str) -> str | None:
     return value
 
 
-def custom_metadata(value: Any) -> dict[str, str] | None:
+def _custom_metadata(value: Any) -> dict[str, str] | None:
     """Check the `metadata` map of a new object: text to text."""
     if value is None:
         return None

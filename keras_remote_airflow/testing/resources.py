@@ -58,7 +58,8 @@ def object_resource(
 
 def object_reply(call: Call, stored: StoredObject, bucket: Bucket) -> Reply:
     """200 with the object's resource, or with what the call's `fields` select of it."""
-    return json_reply(call, object_resource(stored, bucket, call.base_url, call.field_tree))
+    resource = object_resource(stored, bucket, call.base_url, call.field_tree)
+    return json_reply(call, resource, ETag=stored.etag)
 
 
 def bucket_resource(bucket: Bucket, base_url: str) -> dict[str, Any]:
