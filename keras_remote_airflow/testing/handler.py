@@ -21,6 +21,7 @@ from .faults import Fault, Faults
 
 # Answers up to this size are sent whole, in one write with their headers.
 _WHOLE_BYTES = 64 * 1024
+_NO_FAULT = Fault()
 
 
 class Handler:
@@ -41,7 +42,7 @@ class Handler:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         call = _call(request)
-        fault = self._faults.match(call)
+        fault = self._faults.match(call) or _NO_FAULT
         with self._lock:
             receiver = self._receiver(call, fault)
         is_whole = False
@@ -60,28 +61,27 @@ class Handler:
                 reply = replace(reply, headers={**reply.headers, **clock})
         if self.compresses_json and "gzip" in call.headers.get("accept-encoding", ""):
             reply = _compressed(reply)
-        is_silent = fault is not None and fault.is_silent
-        self._faults.log(call, None if is_silent else reply.status)
-        seconds = self._latency() + (0 if fault is None else fault.latency)
+        self._faults.log(call, None if fault.is_silent else reply.status)
+        seconds = self._latency() + fault.latency
         if seconds > 0:
             await asyncio.sleep(seconds)
-        if fault is None:
+        if fault is _NO_FAULT:
             return await _send(request, reply)
         return await _send_spoilt(request, reply, fault)
 
-    def _receiver(self, call: Call, fault: Fault | None) -> Receiver:
+    def _receiver(self, call: Call, fault: Fault) -> Receiver:
         """Where the request's body goes."""
-        if fault is not None and fault.injects_status:
+        if fault.injects_status:
             return Receiver(lambda: _injected(fault))
-        if fault is not None and fault.action == "drop_before" and fault.after_bytes is None:
+        if fault.action == "drop_before" and fault.after_bytes is None:
             return Receiver(lambda: Reply(0))
         return self._api.receive(call, self._answer_batched)
 
     async def _read_body(
-        self, request: web.BaseRequest, call: Call, receiver: Receiver, fault: Fault | None
+        self, request: web.BaseRequest, call: Call, receiver: Receiver, fault: Fault
     ) -> bool:
         """Hand the body on as it arrives; False when the fault drops the connection here."""
-        drop_at = fault.after_bytes if fault is not None and fault.action == "drop_before" else None
+        drop_at = fault.after_bytes if fault.action == "drop_before" else None
         if call.headers.get("expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         while data := await request.content.readany():
@@ -96,11 +96,12 @@ class Handler:
 
     def _answer_batched(self, call: Call) -> Reply:
         """Answer one call of a batch, where only a fault's status makes sense."""
-        fault = self._faults.match(call)
-        if fault is not None and fault.injects_status:
-            reply = _injected(fault)
-        else:
-            reply = answer_or_error(call, lambda: self._api.answer(call))
+        fault = self._faults.match(call) or _NO_FAULT
+        reply = (
+            _injected(fault)
+            if fault.injects_status
+            else answer_or_error(call, lambda: self._api.answer(call))
+        )
         self._faults.log(call, reply.status)
         return reply
 
