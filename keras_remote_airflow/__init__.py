@@ -6,6 +6,7 @@ nor google.cloud: a DAG file pays only for what it uses, and a training containe
 The errors are in `keras_remote_airflow.core.errors`.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,15 @@ _HOME = {
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    except ImportError as exc:
+        # Python's own `from … import …` asks too: it passes an ImportError on, and would replace an
+        # AttributeError by a message that says less. All others (`hasattr`, `inspect`, `pickle`)
+        # expect an AttributeError.
+        if sys._getframe(1).f_globals.get("__name__") == "importlib._bootstrap":
+            raise
+        raise AttributeError(str(exc)) from exc
     globals()[name] = value
     return value
 

@@ -23,11 +23,25 @@ if TYPE_CHECKING:
 
 
 def connect(gcp_conn_id: str, impersonation_chain: str | Sequence[str] | None) -> "Client":
-    """Return the Cloud Storage client that an Airflow connection stands for."""
+    """Return the Cloud Storage client that an Airflow connection stands for.
+
+    Raises:
+        InvalidInputError: an argument was rendered to something else than text.
+        StoreError: there are no credentials.
+        Exception: what Airflow raises if it can't get the connection, be it missing or not.
+    """
+    from google.auth.exceptions import GoogleAuthError
+    from requests import RequestException
+
+    from keras_remote_airflow.core.cloud.credentials import credentials_error
+
     chain = impersonation_chain
     if not isinstance(chain, Sequence) or isinstance(chain, str):
         chain = rendered_or_none("impersonation_chain", chain)
     hook = make_gcs_hook(
         gcp_conn_id=rendered("gcp_conn_id", gcp_conn_id), impersonation_chain=chain
     )
-    return hook.get_conn()
+    try:
+        return hook.get_conn()
+    except (GoogleAuthError, RequestException) as exc:
+        raise credentials_error(exc) from None

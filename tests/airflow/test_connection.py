@@ -1,13 +1,15 @@
 """What the connection arguments of operators, sensors, triggers and decorators do."""
 
 import asyncio
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from keras_remote_airflow import CacheSensor, DataUploadOperator, connection
-from keras_remote_airflow._compat import make_gcs_hook
+from keras_remote_airflow._compat import AirflowFailException, make_gcs_hook
+from keras_remote_airflow.core.errors import StoreError
 from keras_remote_airflow.decorators import LocalDataOperator
 
 try:
@@ -60,6 +62,53 @@ def test_every_request_names_the_project_that_pays(execute, gcs_server, dataset)
 
     requests = [request for request in gcs_server.requests if "/paid/" in request.path]
     assert {request.query["userProject"] for request in requests} == {"payer"}
+
+
+TASKS = {
+    "upload": lambda path, ref, **bare: upload(path, **bare),
+    "wait": lambda path, ref, **bare: CacheSensor(task_id="wait", data_ref=ref, **bare),
+    "use": lambda path, ref, **bare: use(ref, **bare),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_missing_credentials_are_one_short_error_without_frames_of_googles(
+    execute, dataset, monkeypatch, tmp_path, task
+):
+    ref, _ = execute(upload(dataset))
+    monkeypatch.setenv("AIRFLOW_CONN_BARE", '{"conn_type": "google_cloud_platform"}')
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # else it asks for a metadata server
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    with pytest.raises(StoreError, match=r"^no Google Cloud credentials") as caught:
+        TASKS[task](dataset, ref, gcp_conn_id="bare").execute(CONTEXT)
+    assert (caught.value.status, caught.value.transient) == (401, False)
+    assert "Name a key in the connection" in str(caught.value)
+    assert "google/auth" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_sensor_waits_out_an_outage_while_it_gets_its_credentials(execute, dataset, monkeypatch):
+    ref, _ = execute(upload(dataset))
+    outages = [StoreError("the token service is away", transient=True)] * 2
+
+    def failing_twice(**arguments):
+        if outages:
+            raise outages.pop()
+        return make_gcs_hook(**arguments)
+
+    monkeypatch.setattr(connection, "make_gcs_hook", failing_twice)
+    wait = CacheSensor(task_id="wait", data_ref=ref, poke_interval=0.01, timeout=5)
+    assert execute(wait)[0] == ref
+    assert outages == []
+
+
+@pytest.mark.parametrize("empty", ["", "None"])
+def test_a_template_that_renders_to_nothing_names_no_connection(execute, dataset, empty):
+    with pytest.raises(AirflowFailException, match="gcp_conn_id must not be empty"):
+        execute(upload(dataset, gcp_conn_id=empty))
+    chain: dict[str, Any] = {"impersonation_chain": empty, "user_project": empty}
+    ref, _ = execute(upload(dataset, **chain))
+    assert execute(CacheSensor(task_id="wait", data_ref=ref, mount_path=empty, **chain))[0] == ref
 
 
 async def events(trigger):

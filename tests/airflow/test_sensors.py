@@ -201,6 +201,22 @@ def test_wrong_combinations_fail_when_the_dag_is_parsed(arguments, words):
         sensor(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"bucket_name": "b", "data": ["/d", "/e"]}, r"data is a list of 2.*\.expand\(data=…\)"),
+        ({"data_ref": [{}]}, r"data_ref is a list of 1.*\.expand"),
+        (
+            {"bucket_name": "b", "data": "/d", "layout": "kinetic", "mount_path": "/m"},
+            "'kinetic' takes no mount_path",
+        ),
+    ],
+)
+def test_arguments_that_no_sensor_can_take_fail_when_the_dag_is_parsed(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        sensor(**arguments)
+
+
 @pytest.mark.parametrize("deferrable", [False, True])
 @pytest.mark.parametrize(
     ("arguments", "words"),
