@@ -634,9 +634,9 @@ def test_where_no_thread_can_be_started_everything_is_done_without(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    small = {f"{number}": b"s" * number for number in range(40)}
+    files = FILES | {f"{number}": b"s" * number for number in range(40)}
     client = client_for(gcs_server.url, ShortLived())
-    result = upload(gcs_bucket, tree(small), client=client)
-    assert result.uploaded_files == len(small)
+    result = upload(gcs_bucket, tree(files), client=client)
+    assert result.uploaded_files == len(files)
     materialize(make_data_ref(result.gcs_uri, True), str(tmp_path / "copy"), client=client)
-    assert on_disk(tmp_path / "copy") == small
+    assert on_disk(tmp_path / "copy") == files

@@ -19,9 +19,9 @@ REPOSITORY = Path(__file__).parents[2]
 MUTATIONS = {
     "marker first": (
         "core/datasets/upload.py",
-        "    missing = _missing_from_random_start(store, key, snapshot)\n    files",
+        "    missing = _missing_from_random_start(store, key, snapshot)\n    _log",
         "    store.create(key.marker_name, b'')\n"
-        "    missing = _missing_from_random_start(store, key, snapshot)\n    files",
+        "    missing = _missing_from_random_start(store, key, snapshot)\n    _log",
         "test_crash.py::test_killed_after_each_request",
     ),
     "no precondition": (
@@ -155,6 +155,24 @@ MUTATIONS = {
         "            if _crc32c(joined, files) != crc32c:\n",
         "            if False:\n",
         "../core/test_index.py",
+    ),
+    "files not accounted for": (
+        "core/datasets/upload.py",
+        "            if lost := [",
+        "            if False and [",
+        "../core/test_cache_logic.py",
+    ),
+    "cancelled transfers are done": (
+        "core/cloud/retry.py",
+        "            if task is None or task.cancelling():\n",
+        "            if True:\n",
+        "test_wire.py",
+    ),
+    "no bound on descriptors": (
+        "core/cloud/transport.py",
+        "limiter or Limiter(_most_requests(), _MAX_BYTES)",
+        "limiter or Limiter(MAX_REQUESTS, _MAX_BYTES)",
+        "test_bounds.py::test_few_descriptors_slow_a_round_trip_down_and_do_not_end_it",
     ),
     "uploaders in step": (
         "core/datasets/upload.py",
