@@ -117,10 +117,10 @@ def test_object_with_other_bytes_is_a_conflict_and_nothing_is_written(snapshot, 
     assert store.written == []
 
 
-@pytest.mark.parametrize("name", ["00a", "zz", "sub/x", "03/x"])
+@pytest.mark.parametrize("name", ["00a", "zz", "sub/x", "03/x", "sub/", ""])
 def test_object_that_is_not_in_the_data_is_a_conflict(snapshot, key, name):
     store = MemoryStore()
-    store.replace(key.object_name(name), b"")
+    store.replace(key.object_name(name), b"?")
     store.written.clear()
     with pytest.raises(ConflictError, match=key.object_name(name)):
         put(store, key, snapshot)

@@ -318,6 +318,20 @@ def test_a_source_has_a_fingerprint_in_every_bucket(
     assert changed.fingerprint != source.fingerprint
 
 
+def test_a_source_and_a_copy_have_every_object(
+    server: StorageServer, client: Any, tmp_path: Path
+) -> None:
+    files = {".cache_marker": b"{}", "sub/.cache_marker": b"", "a": b"1"}
+    for name, data in files.items():
+        server.put(BUCKET, f"raw/{name}", data)
+    assert list_source(f"gs://{BUCKET}/raw/", client=client).files == len(files)
+    assert read_tree(do_materialize(server.url, f"gs://{BUCKET}/raw", str(tmp_path / "x"))) == files
+    server.put(BUCKET, "raw/sub/", b"bytes in a folder's place")
+    assert list_source(f"gs://{BUCKET}/raw/", client=client).files == len(files) + 1
+    with pytest.raises(InvalidInputError, match="sub/"):
+        do_materialize(server.url, f"gs://{BUCKET}/raw", str(tmp_path / "y"))
+
+
 @pytest.mark.parametrize("name", ["raw/", "raw", "ra", "raw/x", ""])
 def test_a_source_without_objects_is_an_error_that_retries_may_mend(
     server: StorageServer, client: Any, name: str

@@ -96,6 +96,8 @@ UNSAFE_NAMES = [
     "C:/escaped",
     "c:\\escaped",
     "a\0b",
+    "folder/",
+    "",
 ]
 
 

@@ -22,14 +22,18 @@ from keras_remote_airflow.core.layout import RESERVED_NAME, CacheKey
 _ASKED_TOGETHER = 1000
 
 
-def data_objects(objects: Iterable[ObjectInfo], prefix: str) -> Iterator[tuple[bytes, ObjectInfo]]:
-    """Yield relative path (UTF-8) and object for the files below a cache prefix.
+def data_objects(
+    objects: Iterable[ObjectInfo], prefix: str, reserved: str | None = RESERVED_NAME
+) -> Iterator[tuple[bytes, ObjectInfo]]:
+    """Yield relative path (UTF-8) and object for the files below a prefix.
 
-    Leaves out the marker, and the empty "folder" objects that some tools make.
+    Leaves out the marker of a cache (`reserved`), and the empty "folder" objects that some tools
+    make. One that holds bytes is data, which no file can be; what is done with it will fail.
     """
     for info in objects:
         relative = info.name.removeprefix(prefix)
-        if relative != RESERVED_NAME and not relative.endswith("/") and relative:
+        is_folder = not info.size and (not relative or relative.endswith("/"))
+        if relative != reserved and not is_folder:
             yield relative.encode(), info
 
 

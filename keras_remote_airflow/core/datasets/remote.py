@@ -24,7 +24,12 @@ from keras_remote_airflow.core.errors import (
     InvalidInputError,
     KerasRemoteError,
 )
-from keras_remote_airflow.core.layout import Receipt, check_relative_paths, parse_marker
+from keras_remote_airflow.core.layout import (
+    RESERVED_NAME,
+    Receipt,
+    check_relative_paths,
+    parse_marker,
+)
 from keras_remote_airflow.core.refs import DataRef
 
 # How many differences an error names.
@@ -117,7 +122,8 @@ class RemoteData:
         name = self.ref.object_name
         if self.ref.is_prefix:
             prefix = name.rstrip("/") + "/" if name else ""
-            return data_objects(list_objects(self.store, prefix), prefix)
+            reserved = RESERVED_NAME if self.key else None
+            return data_objects(list_objects(self.store, prefix), prefix, reserved)
         path = os.path.basename(name).encode()
         return ((path, info) for info in self.store.stat([name]) if info)
 
