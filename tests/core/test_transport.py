@@ -225,6 +225,16 @@ def test_refusal_of_a_proxy_is_called_its_own_and_is_final(
     assert sum(seen == method for seen, _, _ in proxy.seen) <= len(FILES)
 
 
+def test_refusal_on_the_way_is_not_cloud_storages_without_a_named_proxy_either(proxy, gcs_bucket):
+    proxy.refuses = "GET", 403
+    client = client_for(proxy.url)
+    with open_bucket(gcs_bucket, client) as store, pytest.raises(StoreError) as raised:
+        store.read("x")
+    assert "firewall" in str(raised.value)
+    assert "objectViewer" not in str(raised.value)
+    assert (raised.value.status, raised.value.transient) == (403, False)
+
+
 def test_outage_of_a_proxy_is_ridden_out(proxy, gcs_bucket, monkeypatch):
     monkeypatch.setenv("https_proxy", proxy.url)
     proxy.refuses = "CONNECT", 503
