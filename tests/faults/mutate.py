@@ -174,6 +174,24 @@ MUTATIONS = {
         "limiter or Limiter(MAX_REQUESTS, _MAX_BYTES)",
         "test_bounds.py::test_few_descriptors_slow_a_round_trip_down_and_do_not_end_it",
     ),
+    "another user's directory used": (
+        "core/disk/destination.py",
+        "not (is_new or _is_private(descriptor)):",
+        "False:",
+        "../core/test_destination.py",
+    ),
+    "replaced without a record": (
+        "core/datasets/materialize.py",
+        "        if content_hash not in records or next(unhashed(final), None):\n",
+        "        if False:\n",
+        "../core/test_materialize.py",
+    ),
+    "copy in use removed": (
+        "core/disk/cache.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH",
+        "../core/test_cache.py",
+    ),
     "uploaders in step": (
         "core/datasets/upload.py",
         " and found_there <= len(snapshot) // _PAGE_OBJECTS:",

@@ -189,13 +189,20 @@ def sweep(folder: str) -> None:
 
 def put(source: str, final: str) -> bool:
     """Rename `source` to `final` unless that is taken; return whether it was free."""
-    try:
-        if os.path.isdir(source):
-            with suppress(FileNotFoundError):  # an empty directory hands its mode on
-                os.chmod(source, stat.S_IMODE(os.lstat(final).st_mode))
-            os.rename(source, final)
+    if os.path.isdir(source):
+        with suppress(FileNotFoundError):  # an empty directory hands its mode on
+            os.chmod(source, stat.S_IMODE(os.lstat(final).st_mode))
+    else:
+        try:
+            os.link(source, final)
+        except FileExistsError:
+            return False
+        except OSError:
+            pass  # there are file systems without hard links
         else:
-            _put_file(source, final)
+            return True
+    try:
+        os.rename(source, final)
     except OSError as exc:
         if exc.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             return False
@@ -297,15 +304,6 @@ def _is_link(path: str) -> InvalidInputError:
         f"destination is a link, which cannot be replaced as a whole: {path}. Choose a directory "
         f"inside it, or {os.path.realpath(path)} itself."
     )
-
-
-def _put_file(source: str, final: str) -> None:
-    try:
-        os.link(source, final)
-    except FileExistsError:
-        raise
-    except OSError:  # there are file systems without hard links
-        os.rename(source, final)
 
 
 def _exchange_in_one_step(one: str, other: str) -> bool:
