@@ -4,6 +4,7 @@ Each change happens at a known moment: the server answers a request with 503 unt
 made. Changes of one file, by the way it is sent:
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -203,6 +204,25 @@ def test_a_directory_that_vanishes(server: StorageServer, tmp_path: Path) -> Non
         shutil.rmtree(path)
     with pytest.raises(DataChangedError, match="it is gone"):
         uploading.result()
+    assert server.objects(BUCKET) == {}
+
+
+@pytest.mark.parametrize("call", ["open", "pread"])
+def test_a_mount_that_dies_meanwhile_is_an_outage_and_no_change(
+    server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = make_tree(tmp_path / "data", small_files(1))
+    real = getattr(os, call)
+
+    def dead(*args: Any, **kwargs: Any) -> Any:
+        if call == "pread" or str(args[0]).startswith(path + "/part-0/"):
+            raise OSError(errno.ENOTCONN, "not connected", *args[: call == "open"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, call, dead)
+    with pytest.raises(OSError, match=r"not connected: '.*/part-0/000\.bin'") as raised:
+        do_upload(server.url, path)
+    assert raised.value.errno == errno.ENOTCONN
     assert server.objects(BUCKET) == {}
 
 

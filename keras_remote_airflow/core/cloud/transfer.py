@@ -1,6 +1,7 @@
 """One file on its way: read from the disk to be sent, or written to it as it arrives."""
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,6 +23,8 @@ CHUNK_BYTES = 1 << 20
 _SLOW_READ_SECONDS = 0.002
 # Reads made by threads before it is measured again whether the disk is still slow.
 _READS_BY_THREADS = 256
+# What says that another file, or none for us, is where the hashed one was. All else is an outage.
+_REPLACED = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO)
 # A download whose bytes have disagreed with their checksum this often is given up.
 _MAX_CORRUPT = 5
 
@@ -74,7 +77,9 @@ class Source:
             self._descriptor = os.open(self._file.path, os.O_RDONLY | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
             raise _changed(self._file, "it is gone") from None
-        except PermissionError as exc:
+        except OSError as exc:
+            if exc.errno not in _REPLACED:
+                raise
             raise _changed(self._file, f"it cannot be opened: {exc.strerror}") from exc
         try:
             self.check()
@@ -96,7 +101,10 @@ class Source:
             raise _changed(self._file, "it was modified after it was hashed")
 
     def read(self, start: int, size: int) -> bytes:
-        content = os.pread(self._descriptor, size, start)
+        try:
+            content = os.pread(self._descriptor, size, start)
+        except OSError as exc:
+            raise OSError(exc.errno, exc.strerror, self._file.path) from exc
         if len(content) != size:
             raise _changed(self._file, "it is shorter than at hash time")
         return content
@@ -149,7 +157,10 @@ class Sink:
 
     def add(self, piece: bytes) -> None:
         assert self._descriptor is not None  # noqa: S101 - a response begins with restart()
-        _write(self._descriptor, piece)
+        try:
+            _write(self._descriptor, piece)
+        except OSError as exc:
+            raise OSError(exc.errno, exc.strerror, self._path) from exc
         self._crc32c_of_arrived = google_crc32c.extend(self._crc32c_of_arrived, piece)
         self.size += len(piece)
 

@@ -22,7 +22,12 @@ from keras_remote_airflow.core.data import Data, as_data
 from keras_remote_airflow.core.datasets.diff import missing_files
 from keras_remote_airflow.core.datasets.lookup import Verify, check_verify, lookup
 from keras_remote_airflow.core.disk.snapshot import Snapshot
-from keras_remote_airflow.core.errors import EmptyDataError, InvalidInputError, StoreError
+from keras_remote_airflow.core.errors import (
+    EmptyDataError,
+    InvalidInputError,
+    StoreError,
+    printable,
+)
 from keras_remote_airflow.core.layout import (
     RESERVED_NAME,
     CacheKey,
@@ -242,7 +247,7 @@ def upload(
         format_bytes(result.bytes),
         result.seconds,
         "hit" if result.cache_hit else f"miss ({found})",
-        snapshot.root,
+        printable(snapshot.root),
         result.gcs_uri,
     )
     return result
@@ -263,14 +268,15 @@ def warn_of_odd_data(snapshot: Snapshot) -> None:
     """Log a warning for a dataset without files, and for one of more than `LARGE_BYTES`."""
     if not len(snapshot):
         _log.warning(
-            "The dataset is empty, without files. Is the volume mounted? %s", snapshot.root
+            "The dataset is empty, without files. Is the volume mounted? %s",
+            printable(snapshot.root),
         )
     if snapshot.total_bytes > LARGE_BYTES:
         _log.warning(
             "The dataset has %s. Consider keeping data of this size on Cloud Storage and passing "
             'its URI (Data("gs://…")), with I/O that streams (tf.data, grain): %s',
             format_bytes(snapshot.total_bytes),
-            snapshot.root,
+            printable(snapshot.root),
         )
 
 
@@ -292,7 +298,7 @@ def publish(
         len(missing),
         format_files(len(snapshot)),
         why,
-        snapshot.root,
+        printable(snapshot.root),
         key.gcs_uri,
     )
     with sent:
