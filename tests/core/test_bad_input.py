@@ -242,7 +242,7 @@ def test_namespace_that_leaves_no_room_is_refused_before_anything_is_written(
     assert writes(gcs_server) == []
 
 
-@pytest.mark.parametrize("path", ["", "\0", "a\0b"])
+@pytest.mark.parametrize("path", ["", "\0", "a\0b", "\ud800"])
 def test_path_that_no_file_can_have_is_a_value_error(path):
     with pytest.raises(InvalidInputError, match=r"empty|does not exist"):
         Data(path)

@@ -140,19 +140,19 @@ MUTATIONS = {
     ),
     "hash index trusted too soon": (
         "core/disk/index.py",
-        "            if max(file.mtime_ns, ctime_ns) < self._settled_ns:\n",
-        "            if True:\n",
+        "        if max(state.st_mtime_ns, state.st_ctime_ns) >= self._settled_ns:\n",
+        "        if False:\n",
         "../core/test_index.py",
     ),
     "hash index blind for ctime": (
         "core/disk/index.py",
-        "s.st_mtime_ns, s.st_ctime_ns, ",
-        "s.st_mtime_ns, s.st_mtime_ns, ",
+        "state.st_mtime_ns, state.st_ctime_ns, state.st_ino",
+        "state.st_mtime_ns, state.st_mtime_ns, state.st_ino",
         "../core/test_index.py",
     ),
     "hash index blind for damage": (
         "core/disk/index.py",
-        "            if _crc32c(joined, files) != crc32c:\n",
+        "            if crc32c != _crc32c(self._root, folder, joined, files):\n",
         "            if False:\n",
         "../core/test_index.py",
     ),
@@ -191,6 +191,18 @@ MUTATIONS = {
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH",
         "../core/test_cache.py",
+    ),
+    "hash index blind for mmap": (
+        "core/disk/index.py",
+        "        devices = files.keys() - self._written_back\n",
+        "        devices = {}.keys()\n",
+        "../core/test_index.py",
+    ),
+    "a dead mount taken for a missing path": (
+        "core/disk/tree.py",
+        "    if error.errno in ABSENT:\n",
+        "    if True:\n",
+        "../core/test_data.py",
     ),
     "uploaders in step": (
         "core/datasets/upload.py",

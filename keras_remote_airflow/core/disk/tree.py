@@ -12,6 +12,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,7 +59,8 @@ def system_path(path: str) -> str:
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
-        return os.fsdecode(path.encode(errors="surrogateescape"))
+        with suppress(UnicodeEncodeError):  # `stat_path` refuses what no path can hold
+            return os.fsdecode(path.encode(errors="surrogateescape"))
     return path
 
 
@@ -75,7 +77,9 @@ def stat_path(path: str | bytes) -> os.stat_result:
     except OSError as exc:
         raise _unusable(path, exc) from exc
     except ValueError as exc:
-        raise InvalidInputError(f"data path does not exist, as no file: {path!r} ({exc})") from exc
+        raise InvalidInputError(
+            f"data path does not exist: nothing can be called {path!r} ({exc})"
+        ) from exc
 
 
 def walk(root: str) -> Iterator[tuple[bytes, list[bytes]]]:
@@ -89,7 +93,8 @@ def walk(root: str) -> Iterator[tuple[bytes, list[bytes]]]:
         DataChangedError: a folder vanished meanwhile.
         OSError: something in it can't be read just now.
     """
-    linked, empty = _LeftOut(), _LeftOut()
+    linked: list[bytes] = []
+    empty: list[bytes] = []
     folders = [b""]
     while folders:
         folder = folders.pop()
@@ -97,31 +102,20 @@ def walk(root: str) -> Iterator[tuple[bytes, list[bytes]]]:
         for start in range(0, len(files), _FILES_TOGETHER):
             yield folder, files[start : start + _FILES_TOGETHER]
         folders.extend(folder + name + b"/" for name in reversed(subfolders))
-        for name in links:
-            linked.add(folder + name)
+        linked.extend(folder + name for name in links)
         if folder and not (files or subfolders or links):
-            empty.add(folder)
-    if linked.count:
-        _log.warning("Linked directories are not followed and not part of the data: %s", linked)
-    if empty.count:
-        _log.info("Empty directories are not part of the data: %s", empty)
+            empty.append(folder)
+    if linked:
+        _log.warning(
+            "Linked directories are not followed and not part of the data: %s", _named(linked)
+        )
+    if empty:
+        _log.info("Empty directories are not part of the data: %s", _named(empty))
 
 
-class _LeftOut:
-    """Counts paths, and keeps the first ones."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._first: list[bytes] = []
-
-    def add(self, path: bytes) -> None:
-        self.count += 1
-        if self.count <= _SHOWN:
-            self._first.append(path)
-
-    def __str__(self) -> str:
-        more = f" and {self.count - _SHOWN} more" if self.count > _SHOWN else ""
-        return b", ".join(self._first).decode(errors="replace") + more
+def _named(paths: list[bytes]) -> str:
+    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    return b", ".join(paths[:_SHOWN]).decode(errors="replace") + more
 
 
 def single_file(path: str) -> tuple[bytes, list[bytes]]:
