@@ -256,10 +256,17 @@ def _flip(content: bytes) -> bytes:
     return content[:at] + b"b" + content[at + 1 :]
 
 
+def _flip_digest(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db, db:
+        for folder, files in db.execute("SELECT folder, files FROM blocks").fetchall():
+            flipped = files[:-1] + bytes([files[-1] ^ 1])
+            db.execute("UPDATE blocks SET files = ? WHERE folder = ?", (flipped, folder))
+
+
 # What has become of an index, and whether the next run replaces it.
 DAMAGE = {
     "flipped bit": (_bytes(_flip), True),
-    "flipped bits in digests": (_sql("UPDATE blocks SET files = zeroblob(length(files))"), True),
+    "flipped bit in a digest": (_flip_digest, True),
     "truncated": (_bytes(lambda content: content[:4096]), True),
     "zeros": (_bytes(lambda content: content[:4096] + bytes(len(content) - 4096)), True),
     "another table": (_sql("DROP TABLE blocks", "CREATE TABLE blocks (root)"), True),
