@@ -93,7 +93,6 @@ def no_collection() -> Iterator[None]:
 
     A finalizer of what earlier tests left, run down there, would fail, and this test with it.
     """
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

@@ -58,7 +58,7 @@ class StoredObject:
     updated: int = 0
     released: int = 0
 
-    _md5: str | None = None
+    _md5: str | None = field(default=None, compare=False, repr=False)
 
     @property
     def md5(self) -> str | None:
