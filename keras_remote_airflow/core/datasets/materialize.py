@@ -175,7 +175,7 @@ class _Job:
         """Put the data at `target`, or (None) into the cache; return its path."""
         ref = self.ref
         if target is None:  # data without a content hash, which only a cache gives a name
-            target = check_dest(os.path.join(self.cache or "", self.source.fingerprint()))
+            target = check_dest(os.path.join(self.cache or "", self.source.list_all().fingerprint))
         if self.cache is not None:
             hold(target)
         if ref.is_dir:

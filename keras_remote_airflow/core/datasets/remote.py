@@ -44,7 +44,13 @@ class Source:
         uri: the URI.
         files: number of objects.
         bytes: their total size.
-        fingerprint: 64 hex digits that are others as soon as a file is; see `list_source`.
+        fingerprint: SHA-256 (hex) of one record for each file, in the byte order of the names: the
+            name relative to the URI (of a single object, what follows the last "/") in UTF-8, a
+            zero byte, the size in decimal, a zero byte, the CRC32C as Cloud Storage writes it
+            (base64), a zero byte. A bucket with a customer-managed key lists no CRC32C; then
+            "generation:" and the object's generation in decimal are in its place, because asking
+            for each object could take minutes. That fingerprint is another one, too, after the
+            same bytes were written again.
     """
 
     uri: str
@@ -62,15 +68,7 @@ def list_source(
 ) -> Source:
     """List what is at a `gs://` URI: everything below it if it ends in "/", else the one object.
 
-    The fingerprint is the SHA-256 of one record for each file, in the byte order of the names:
-    the name relative to the URI (of a single object, what follows the last "/") in UTF-8, a zero
-    byte, the size in decimal, a zero byte, the CRC32C as Cloud Storage writes it (base64), and a
-    zero byte. Empty "folder" objects are left out. A bucket with a customer-managed key lists no
-    CRC32C; then "generation:" and the object's generation in decimal are in its place, because
-    asking for each object could take minutes. That fingerprint is another one, too, after the same
-    bytes were written again.
-
-    The other parameters are those of `upload_data`.
+    Empty "folder" objects are left out. The other parameters are those of `upload_data`.
 
     Raises:
         InvalidInputError: the URI is not one of Cloud Storage.
@@ -78,24 +76,15 @@ def list_source(
         StoreError: Cloud Storage refused, or kept failing until the deadline (120 s).
     """
     ref = DataRef(uri, is_dir=uri.endswith("/"))
-    files = size = 0
-    digest = hashlib.sha256()
     with open_bucket(ref.bucket, client, None, retry, user_project) as store:
-        for relative, info in RemoteData(store, ref).objects():
-            files += 1
-            size += info.size or 0
-            if info.crc32c is None:
-                content = f"generation:{info.generation}"
-            else:
-                content = encode_crc32c(info.crc32c)
-            digest.update(b"%b\0%d\0%b\0" % (relative, info.size or 0, content.encode()))
-    if not files:
+        source = RemoteData(store, ref).list_all()
+    if not source.files:
         hint = "" if ref.is_dir else " If it is meant as a folder, let it end in /."
         raise EmptyDataError(
             f"found no objects at {uri}. Check the URI, and that what writes there has done so."
             f"{hint}"
         )
-    return Source(uri, files, size, digest.hexdigest())
+    return source
 
 
 class RemoteData:
@@ -150,12 +139,19 @@ class RemoteData:
             )
         return path
 
-    def fingerprint(self) -> str:
-        """Return a hash of the names and generations of the objects that are there now."""
-        digest = hashlib.sha256(self.ref.gcs_uri.encode())
-        for _, info in self.objects():
-            digest.update(f"\0{info.name}\0{info.generation or info[1:]}".encode())
-        return digest.hexdigest()
+    def list_all(self) -> Source:
+        """List the objects that are there now."""
+        files = size = 0
+        digest = hashlib.sha256()
+        for relative, info in self.objects():
+            files += 1
+            size += info.size or 0
+            if info.crc32c is None:
+                content = f"generation:{info.generation}"
+            else:
+                content = encode_crc32c(info.crc32c)
+            digest.update(b"%b\0%d\0%b\0" % (relative, info.size or 0, content.encode()))
+        return Source(self.ref.gcs_uri, files, size, digest.hexdigest())
 
     def receipt(self) -> Receipt | None:
         """Return the receipt in the marker, or None if there is none that can be read.
