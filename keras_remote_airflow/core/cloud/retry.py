@@ -150,6 +150,9 @@ class Retrier:
             # Not this task was cancelled, but something that it waited for.
             raise RetryableError("it was cancelled from within") from None
         except OSError as exc:
+            # aiohttp calls it a network error if a file that it streams can't be read.
+            if isinstance(exc.__cause__, OSError) and exc.__cause__.filename:
+                raise exc.__cause__ from None
             if exc.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
             self._limiter.decrease()
