@@ -189,13 +189,11 @@ class NewObject:
         check_name(name)
         if "contentEncoding" in query:
             resource = {**resource, "contentEncoding": query["contentEncoding"]}
-        declared = {"crc32c": _text(resource, "crc32c"), "md5": _text(resource, "md5Hash")}
         return cls(
             name=name,
             content_type=_text(resource, "contentType"),
             metadata=_custom_metadata(resource.get("metadata")),
             settings=_settings(resource),
-            hashes=_checked_hashes(declared),
         )
 
     @classmethod
@@ -204,20 +202,33 @@ class NewObject:
         settings = {key: value for key, value in source.settings.items() if key not in HOLDS}
         return cls(name, source.content_type, source.metadata, settings)
 
-    def with_hashes(self, headers: Mapping[str, str], *, of_body: bool = False) -> Self:
-        """Add the hashes declared in `X-Goog-Hash`; `of_body` adds `Content-MD5`.
+    def with_hashes(self, declared: Mapping[str, Any]) -> Self:
+        """Add declared hashes; raise 400 unless each is base64 of the right length."""
+        hashes = self.hashes
+        for name, size in _HASH_BYTES.items():
+            value = declared.get(name)
+            if value is None:
+                continue
+            try:
+                found = len(base64.b64decode(value, validate=True))
+            except (TypeError, ValueError):
+                found = -1
+            if found != size:
+                raise invalid(f"Invalid value for {name}: {value!r} is not base64 of {size} bytes")
+            hashes += ((name, value),)
+        return replace(self, hashes=hashes) if hashes != self.hashes else self
 
-        Raises:
-            ApiError: 400 when one is not base64 of the right length.
-        """
-        declared: dict[str, str | None] = {}
-        for part in headers.get("x-goog-hash", "").split(","):
-            name, _, value = part.partition("=")
-            declared[name.strip().lower()] = value.strip() or None
-        if of_body and "content-md5" in headers:
-            declared["md5"] = headers["content-md5"]
-        hashes = _checked_hashes(declared)
-        return replace(self, hashes=self.hashes + hashes) if hashes else self
+
+def hashes_in(headers: Mapping[str, str], *, of_body: bool = False) -> dict[str, str]:
+    """The hashes in `X-Goog-Hash`; `of_body` adds `Content-MD5`."""
+    declared: dict[str, str] = {}
+    for part in headers.get("x-goog-hash", "").split(","):
+        name, equals, value = part.partition("=")
+        if equals:
+            declared[name.strip().lower()] = value.strip()
+    if of_body and "content-md5" in headers:
+        declared["md5"] = headers["content-md5"]
+    return declared
 
 
 def merge_patch(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,20 +294,3 @@ def check_name(name: str) -> None:
         or name.startswith(".well-known/acme-challenge/")
     ):
         raise invalid(f"Disallowed object name: {name!r}")
-
-
-def _checked_hashes(declared: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:
-    """The hashes of known kinds; raise 400 unless each is base64 of the right length."""
-    checked = []
-    for name, size in _HASH_BYTES.items():
-        value = declared.get(name)
-        if value is None:
-            continue
-        try:
-            found = len(base64.b64decode(value, validate=True))
-        except ValueError:
-            found = -1
-        if found != size:
-            raise invalid(f"Invalid value for {name}: {value!r} is not base64 of {size} bytes")
-        checked.append((name, value))
-    return tuple(checked)

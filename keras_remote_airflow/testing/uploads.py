@@ -18,7 +18,7 @@ from .buckets import Buckets
 from .calls import Call, Receiver, Reply, parse_json
 from .errors import ApiError, invalid, not_allowed, not_found
 from .fields import Tree
-from .objects import NewObject, whole_number
+from .objects import NewObject, hashes_in, whole_number
 from .resources import object_reply
 from .unsupported import refuse_object_settings
 
@@ -60,7 +60,7 @@ class Uploads:
             if upload_type == "media":
                 resource = {"contentType": call.headers.get("content-type")}
                 new = NewObject.from_resource(resource, call.query)
-                new = new.with_hashes(call.headers, of_body=True)
+                new = new.with_hashes(hashes_in(call.headers, of_body=True))
                 body = self._open(call, bucket, new)
                 return Receiver(
                     lambda: self._finish(call, bucket, new, body, call.query),
@@ -143,7 +143,7 @@ class Uploads:
             return session.status(call.headers)
         call.field_tree = call.field_tree or session.field_tree
         try:
-            new = session.new.with_hashes(call.headers, of_body=True)
+            new = session.new.with_hashes(hashes_in(call.headers, of_body=True))
             reply = self._finish(call, session.bucket, new, session.body, session.query)
         except ApiError:
             self._cancel_session(call)
@@ -270,7 +270,9 @@ def _new_object(call: Call, metadata: bytes | bytearray, content_type: str | Non
     """What the metadata of an upload says, as JSON, and its query and headers."""
     resource = parse_json(metadata)
     refuse_object_settings(resource)
-    new = NewObject.from_resource(resource, call.query).with_hashes(call.headers)
+    declared = {"crc32c": resource.get("crc32c"), "md5": resource.get("md5Hash")}
+    new = NewObject.from_resource(resource, call.query).with_hashes(declared)
+    new = new.with_hashes(hashes_in(call.headers))
     return new if new.content_type is not None else replace(new, content_type=content_type)
 
 

@@ -491,6 +491,16 @@ def test_compose_concatenates_and_has_no_md5(call: Any) -> None:
     assert call("POST", "/storage/v1/b/demo/o/d/compose", body).status == 400
 
 
+def test_hashes_in_a_resource_that_is_sent_back_are_not_declared(call: Any) -> None:
+    call.media("a", b"one")
+    old = call.media("b", b"two", content_type="text/csv").json
+    body = {"sourceObjects": [{"name": "a"}, {"name": "b"}], "destination": old}
+    assert call("POST", "/storage/v1/b/demo/o/b/compose", body).json["size"] == "6"
+    assert call("POST", "/storage/v1/b/demo/o/a/copyTo/b/demo/o/b", old).json["size"] == "3"
+    for method in ("PATCH", "PUT"):
+        assert call(method, "/storage/v1/b/demo/o/a", {"crc32c": "?"}).status == 200
+
+
 @pytest.mark.parametrize("verb", ["rewriteTo", "copyTo"])
 def test_copies_keep_bytes_and_metadata(call: Any, verb: str) -> None:
     call.server.create_bucket("other")
