@@ -117,6 +117,9 @@ def test_what_killed_processes_left_goes_and_other_files_stay(cache):
     (cache / "mine").mkdir()
     (cache / ("4" * 64)).write_bytes(bytes(5000))
     (cache / ("5" * 64)).symlink_to(cache / "mine")
+    make_room(str(cache), None)
+    assert copies(cache) == "12345"
+    assert not list(cache.glob("*.partial"))
     make_room(str(cache), 0)
     assert sorted(os.listdir(cache)) == ["4" * 64, "5" * 64, "mine"]
 

@@ -259,9 +259,10 @@ class _Job:
             if _identity(final) != seen and self._is_whole(final):
                 return False
             source = self.source
-            if self.cache_max_bytes is not None:
-                receipt = source.receipt()
-                self._make_room(receipt.total_bytes if receipt else 0)
+            if self.cache is not None:
+                receipt = source.receipt() if self.cache_max_bytes is not None else None
+                needed_bytes = receipt.total_bytes if receipt else 0
+                make_room(self.cache, self.cache_max_bytes, needed_bytes)
             folder = os.path.join(partial, "data")
             os.mkdir(folder)
             received = download(source, folder, self.progress)
@@ -285,7 +286,8 @@ class _Job:
                 if self.cache is None and self._is_whole(final):
                     return False
                 exchange(whole, final)
-        self._make_room()
+        if self.cache is not None:
+            make_room(self.cache, self.cache_max_bytes)
         _log.info(
             "Materialized %s (%s) in %.1f s at %s: %s",
             format_files(received.files),
@@ -322,10 +324,6 @@ class _Job:
                     "Choose a dest whose parent directory is writable",
                 ) from exc
             yield partial
-
-    def _make_room(self, needed_bytes: int = 0) -> None:
-        if self.cache is not None and self.cache_max_bytes is not None:
-            make_room(self.cache, self.cache_max_bytes, needed_bytes)
 
 
 def find_ref(store: ObjectStore, gcs_uri: str) -> DataRef:

@@ -83,14 +83,18 @@ def hold(copy: str) -> None:
         _log.debug("Using a copy without a lock (%s): %s", exc, copy)
 
 
-def make_room(cache: str, max_bytes: int, needed_bytes: int = 0) -> None:
-    """Remove the least recently used copies until the others fit; keep those that are in use.
+def make_room(cache: str, max_bytes: int | None, needed_bytes: int = 0) -> None:
+    """Remove what killed processes left, and the least recently used copies until the others fit.
 
     Args:
         cache: the directory.
-        max_bytes: what the copies may take.
+        max_bytes: what the copies may take; those in use are kept whatever they take. None keeps
+            all.
         needed_bytes: what another copy is about to take.
     """
+    sweep(cache)
+    if max_bytes is None:
+        return
     copies = sorted(_find_copies(cache))
     total = needed_bytes + sum(size for _, _, size in copies)
     for _, copy, size in copies:
@@ -107,13 +111,11 @@ def make_room(cache: str, max_bytes: int, needed_bytes: int = 0) -> None:
 
 
 def _find_copies(cache: str) -> Iterator[tuple[int, str, int]]:
-    """Yield last use, path and size of each copy, after removing what killed processes left."""
-    with suppress(FileNotFoundError):
-        sweep(cache)
-        for entry in os.scandir(cache):
-            if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                with suppress(FileNotFoundError):  # removed meanwhile
-                    yield _last_use(entry.path), entry.path, _size(entry.path)
+    """Yield last use, path and size of each copy."""
+    for entry in os.scandir(cache):
+        if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+            with suppress(FileNotFoundError):  # removed meanwhile
+                yield _last_use(entry.path), entry.path, _size(entry.path)
 
 
 def _remove(copy: str) -> bool:
