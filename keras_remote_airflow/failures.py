@@ -8,7 +8,12 @@ connection isn't defined (AirflowNotFoundException), which may be wrong.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from keras_remote_airflow._compat import AirflowFailException
+from keras_remote_airflow._compat import (
+    AirflowFailException,
+    AirflowSensorTimeout,
+    AirflowSkipException,
+    BaseSensorOperator,
+)
 from keras_remote_airflow.core.errors import PERMANENT_ERRORS, StoreError
 
 
@@ -19,6 +24,24 @@ def permanent_errors_fail_the_task() -> Iterator[None]:
         yield
     except PERMANENT_ERRORS as exc:
         raise AirflowFailException(str(exc)) from exc
+
+
+@contextmanager
+def soft_failures_skip(sensor: BaseSensorOperator) -> Iterator[None]:
+    """Honour soft_fail and never_fail by the rules of BaseSensorOperator.execute.
+
+    A deferral bypasses that method; and unlike it, this says why the task is skipped.
+    """
+    try:
+        yield
+    except Exception as exc:
+        if isinstance(exc, AirflowFailException | AirflowSensorTimeout):
+            skip = sensor.soft_fail or sensor.never_fail
+        else:
+            skip = sensor.never_fail and not sensor.silent_fail
+        if skip:
+            raise AirflowSkipException(f"Skipped instead of failed: {exc}") from exc
+        raise
 
 
 def is_outage(error: Exception) -> bool:

@@ -2,8 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,11 @@ from keras_remote_airflow.connection import connect
 from keras_remote_airflow.core.errors import InvalidInputError, StoreError
 from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey, get_layout
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref
-from keras_remote_airflow.failures import is_outage, permanent_errors_fail_the_task
+from keras_remote_airflow.failures import (
+    is_outage,
+    permanent_errors_fail_the_task,
+    soft_failures_skip,
+)
 from keras_remote_airflow.links import DatasetLink
 from keras_remote_airflow.triggers import CacheTrigger
 
@@ -160,16 +163,14 @@ class CacheSensor(BaseSensorOperator):
         if not self.deferrable:
             return super().execute(context)
         try:
-            found = self.poke(context)
+            if found := self.poke(context):
+                return found.xcom_value
         except StoreError:
             if not self.silent_fail:
                 raise
             self.log.exception("Could not look, will look again")
-        else:
-            if found:
-                return found.xcom_value
         awaited = self._awaited
-        assert awaited  # noqa: S101 - `poke` has made it, or has raised what it says of it
+        assert awaited  # noqa: S101 - made by `poke` before anything that raises a StoreError
         self.log.info(
             "Deferring for at most %s s, with a look every %s s (this needs a triggerer; without "
             "one, pass deferrable=False): %s",
@@ -192,7 +193,7 @@ class CacheSensor(BaseSensorOperator):
         return None
 
     def poke(self, context: Context) -> PokeReturnValue:  # noqa: ARG002 - Airflow's signature
-        with self._soft_failures_skip(), permanent_errors_fail_the_task():
+        with soft_failures_skip(self), permanent_errors_fail_the_task():
             ref = self._look()
         return PokeReturnValue(ref is not None, ref and ref.to_dict())
 
@@ -222,7 +223,7 @@ class CacheSensor(BaseSensorOperator):
             ref: dict[str, Any] = event["ref"]
             return ref
         message = event["message"]
-        with self._soft_failures_skip():
+        with soft_failures_skip(self):
             if event["status"] == "timeout":
                 raise AirflowSensorTimeout(f"Waited {self.timeout} s: {message}")
             if event["permanent"]:
@@ -232,7 +233,9 @@ class CacheSensor(BaseSensorOperator):
     def resume_execution(
         self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context
     ) -> Any:
-        if deferral_timed_out(next_method, next_kwargs) and not self._is_bounded_by_airflow():
+        limit = self.execution_timeout if EXECUTION_TIMEOUT_ENDS_DEFERRALS else None
+        is_limited = limit is not None and limit.total_seconds() < self.timeout
+        if deferral_timed_out(next_method, next_kwargs) and not is_limited:
             # The trigger keeps the deadline, and Airflow's own is later, so the latter is only
             # reached when no trigger ran. Airflow 2 would retry that, as an error without a name.
             message = "no triggerer answered; check that one is running, or pass deferrable=False"
@@ -245,28 +248,6 @@ class CacheSensor(BaseSensorOperator):
             ours = exc.__cause__
             if isinstance(ours, AirflowSkipException):
                 raise ours from ours.__cause__
-            raise
-
-    def _is_bounded_by_airflow(self) -> bool:
-        """Return whether Airflow may have ended the deferral because of `execution_timeout`."""
-        limit = self.execution_timeout if EXECUTION_TIMEOUT_ENDS_DEFERRALS else None
-        return limit is not None and limit.total_seconds() < self.timeout
-
-    @contextmanager
-    def _soft_failures_skip(self) -> Iterator[None]:
-        """Honour soft_fail and never_fail by the rules of BaseSensorOperator.execute.
-
-        A deferral bypasses that method; and unlike it, this says why the task is skipped.
-        """
-        try:
-            yield
-        except Exception as exc:
-            if isinstance(exc, AirflowFailException | AirflowSensorTimeout):
-                skip = self.soft_fail or self.never_fail
-            else:
-                skip = self.never_fail and not self.silent_fail
-            if skip:
-                raise AirflowSkipException(f"Skipped instead of failed: {exc}") from exc
             raise
 
     def _make_awaited(self) -> AwaitedDataset:
