@@ -20,6 +20,7 @@ from keras_remote_airflow.core.errors import StoreError
 _log = logging.getLogger(__name__)
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+_TOKEN_SERVER = "https://oauth2.googleapis.com"
 # google.auth waits 120 s for each answer, in a thread that the process waits for at its end.
 _TOKEN_SECONDS = 30
 _NO_ANSWER = (TransportError, RequestException, ConnectionError, TimeoutError)
@@ -92,17 +93,12 @@ def credentials_error(error: Exception) -> StoreError:
         error: any exception of google.auth, requests or google.api_core.
     """
     _log.debug("No credentials", exc_info=error)
-    if refusal := _proxys_refusal(error, "https://oauth2.googleapis.com"):
-        return StoreError(
-            f"no Google Cloud credentials ({refusal})",
-            status=refusal.status,
-            transient=isinstance(refusal, RetryableError),
-        )
-    outage = is_outage(error)
+    refusal = _proxys_refusal(error, _TOKEN_SERVER)
+    outage = isinstance(refusal, RetryableError) if refusal else _is_outage(error)
     return StoreError(
-        f"no Google Cloud credentials ({_words(error)}). Name a key in the connection, or give the "
-        "machine a service account.",
-        status=None if outage else 401,
+        f"no Google Cloud credentials ({refusal or _words(error)}). Name a key in the connection, "
+        "or give the machine a service account.",
+        status=refusal.status if refusal else None if outage else 401,
         transient=outage,
     )
 
@@ -118,7 +114,7 @@ def _scoped(credentials: Any) -> Any:
 class _Request(Request):
     """Remembers what was asked last, and the status of the answer: errors often lack it."""
 
-    url = "https://oauth2.googleapis.com"
+    url = _TOKEN_SERVER
     status: int | None = None
 
     def __call__(self, url: str, *args: Any, **options: Any) -> Any:
@@ -141,11 +137,12 @@ def _refresh(credentials: Any) -> None:
         error = RefusedError(
             f"no access token could be fetched ({_words(exc)})", 401, "Check the credentials."
         )
-        raise RetryableError(str(error)) if is_outage(exc, request.status) else error from None
+        raise RetryableError(str(error)) if _is_outage(exc, request.status) else error from None
 
 
 def _words(error: Exception) -> str:
-    return " ".join(str(error.args[0] if error.args else error).split())[:300] or repr(error)
+    words = " ".join(str(error.args[0] if error.args else error).split())[:300].rstrip(".")
+    return words or repr(error)
 
 
 def _proxys_refusal(error: Exception, url: str) -> RetryableError | RefusedError | None:
@@ -157,7 +154,7 @@ def _proxys_refusal(error: Exception, url: str) -> RetryableError | RefusedError
     return proxy_refusal(status, reason, find_proxy(url))
 
 
-def is_outage(error: Exception, status: int | None = None) -> bool:
+def _is_outage(error: Exception, status: int | None = None) -> bool:
     """Tell whether the same credentials may get a token later.
 
     Args:

@@ -149,8 +149,9 @@ class Transport:
                     is_stopped = True
         except BaseException as exc:  # noqa: BLE001 - raised by `run`
             self._death = exc
-        self._loop.close()
-        self._fail_unfinished()
+            self._fail_unfinished()
+        else:
+            self._loop.close()
 
     def _check(self, work: Coroutine[Any, Any, Any]) -> None:
         """Raise if the thread is not there to do this work."""
@@ -238,14 +239,10 @@ class Transport:
 
     def _submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         self._check(work)
-        try:
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        except RuntimeError:  # the thread has closed the loop just now
-            work.close()
-            raise self._gone() from None
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         self._unfinished.add(future)
         future.add_done_callback(self._unfinished.discard)
-        if self._loop.is_closed():  # the thread may have overlooked this one
+        if self._death is not None:  # the thread may have overlooked this one
             self._fail_unfinished()
         return future
 

@@ -204,7 +204,7 @@ def upload(
     data = as_data(data)
     if data.is_gcs:
         split_gcs_uri(data.path)
-        _log.info("Passing on data that is on Cloud Storage already, unchecked: %s", data.path)
+        _log.info("Passing on data that is on Cloud Storage already: %s", data.path)
         return UploadResult(data.path, data.is_dir)
 
     snapshot = take_snapshot(data.path, hash_index or default_index(), progress=progress)
