@@ -3,9 +3,11 @@
 import asyncio
 import concurrent.futures
 import datetime
+import errno
 import gzip
 import http.client
 import http.server
+import os
 import shutil
 import socket
 import ssl
@@ -32,6 +34,7 @@ from google.oauth2.credentials import Credentials
 from keras_remote_airflow import make_data_ref, materialize
 from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
+from keras_remote_airflow.core.cloud.proxy import trusted
 from keras_remote_airflow.core.cloud.store import FileToSend, ObjectToFetch, list_objects
 from keras_remote_airflow.core.cloud.transport import Transport
 from keras_remote_airflow.core.datasets.lookup import find
@@ -653,3 +656,22 @@ def test_where_no_thread_can_be_started_everything_is_done_without(
     assert result.uploaded_files == len(files)
     materialize(make_data_ref(result.gcs_uri, True), str(tmp_path / "copy"), client=client)
     assert on_disk(tmp_path / "copy") == files
+
+
+@pytest.mark.parametrize("problem", ["No such file", "no certificate", "not connected"])
+def test_authorities_that_cannot_be_read_are_named(problem, tmp_path, monkeypatch):
+    bundle = tmp_path / "bundle.pem"
+    if problem != "No such file":
+        bundle.write_text("no certificate")
+    if problem == "not connected":  # a mount that died
+        real = os.stat
+
+        def dead(path, *args, **kwargs):
+            if path == str(bundle):
+                raise OSError(errno.ENOTCONN, problem, path)
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, "stat", dead)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(bundle))
+    with pytest.raises(StoreError, match=f"{bundle}.*{problem}"):
+        trusted(f"https://{HOST}")

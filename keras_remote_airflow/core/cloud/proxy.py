@@ -2,6 +2,7 @@
 
 import os
 import ssl
+import stat
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Literal
@@ -42,24 +43,22 @@ def trusted(*urls: str | None) -> ssl.SSLContext | Literal[True]:
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
     if not bundle or not any(url and url.startswith("https://") for url in urls):
         return True
-    return _trusting(bundle, os.path.getmtime(bundle) if os.path.exists(bundle) else 0.0)
-
-
-# Reading the certificates takes longer than a look into the cache of data. By its time of
-# modification a bundle that was replaced is read again.
-@lru_cache(1)
-def _trusting(bundle: str, _modified: float) -> ssl.SSLContext:
-    context = ssl.create_default_context()
     try:
-        if os.path.isdir(bundle):
-            context.load_verify_locations(capath=bundle)
-        else:
-            context.load_verify_locations(cafile=bundle)
+        state = os.stat(bundle)
+        return _trusting(bundle, stat.S_ISDIR(state.st_mode), state.st_mtime)
     except OSError as exc:
         raise StoreError(
             f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names {bundle}, which cannot be used as CA "
             f"certificates ({exc.strerror or exc}). Correct or unset it."
         ) from exc
+
+
+# Reading the certificates takes longer than a look into the cache of data. By its time of
+# modification a bundle that was replaced is read again.
+@lru_cache(1)
+def _trusting(bundle: str, is_dir: bool, _modified: float) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.load_verify_locations(**{"capath" if is_dir else "cafile": bundle})
     return context
 
 
