@@ -122,6 +122,7 @@ def new_airflow_home(
             "AIRFLOW__CORE__DAGS_FOLDER": str(home / "dags"),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
             "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
+            "AIRFLOW__DATABASE__LOAD_DEFAULT_CONNECTIONS": "False",
             "AIRFLOW__CORE__DAGBAG_IMPORT_TIMEOUT": "200",  # Vertex AI's client takes its time
             "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",  # 2.11 warns without it
             # Airflow calls `airflow` by its name.
@@ -135,8 +136,25 @@ def new_airflow_home(
 
 
 @pytest.fixture(scope="session")
-def airflow_home(
+def airflow_database(
     new_airflow_home: Callable[[], dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A migrated database of Airflow's, with nothing in it. Copy it as a home's airflow.db."""
+    # pytest-xdist's processes have folders of their own beside each other; one of them migrates.
+    folder = tmp_path_factory.getbasetemp()
+    shared = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "migrated.db"
+    with shared.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shared.exists():
+            env = new_airflow_home()
+            _run([*_AIRFLOW, "db", "migrate"], env, timeout=240)
+            shutil.copy(Path(env["AIRFLOW_HOME"], "airflow.db"), shared)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def airflow_home(
+    new_airflow_home: Callable[[], dict[str, str]], airflow_database: Path
 ) -> dict[str, str]:
     """Environment of a subprocess that has an Airflow of its own, its database migrated.
 
@@ -151,17 +169,7 @@ def airflow_home(
             }
         ),
     }
-    database = Path(env["AIRFLOW_HOME"], "airflow.db")
-    # pytest-xdist's processes have folders of their own beside each other; one of them migrates.
-    folder = tmp_path_factory.getbasetemp()
-    shared = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "migrated.db"
-    with shared.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if shared.exists():
-            shutil.copy(shared, database)
-        else:
-            _run([*_AIRFLOW, "db", "migrate"], env, timeout=240)
-            shutil.copy(database, shared)
+    shutil.copy(airflow_database, Path(env["AIRFLOW_HOME"], "airflow.db"))
     return env
 
 

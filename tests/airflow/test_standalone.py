@@ -37,7 +37,7 @@ DIGITS_BYTES = 251_580
 
 @pytest.mark.timeout(900)
 def test_the_examples_run_in_a_deployment(
-    new_airflow_home, nothing_will_go, gcs_server, gcs_bucket, tmp_path
+    new_airflow_home, airflow_database, nothing_will_go, gcs_server, gcs_bucket, tmp_path
 ):
     env = new_airflow_home() | {
         "STORAGE_EMULATOR_HOST": gcs_server.url,
@@ -48,6 +48,7 @@ def test_the_examples_run_in_a_deployment(
     }
     for name in ("wait_for_dataset.py", "train_when_changed.py", "train_digits.py"):
         shutil.copy(EXAMPLES / name, env["AIRFLOW__CORE__DAGS_FOLDER"])
+    shutil.copy(airflow_database, Path(env["AIRFLOW_HOME"], "airflow.db"))
     folder = tmp_path / "data" / "digits"
     for label in "01":
         (folder / label).mkdir(parents=True)
@@ -165,11 +166,10 @@ def _digits_are_uploaded_once_and_the_model_knows_its_data(airflow, server, buck
 
 @contextmanager
 def _standalone(env):
-    """Run `airflow standalone` in the empty home; yield a client once all of it is healthy."""
+    """Run `airflow standalone` in this home; yield a client once all of it is healthy."""
     home = Path(env["AIRFLOW_HOME"])
     api, worker_logs, trigger_logs = _free_ports(3)
     env = env | {
-        "AIRFLOW__DATABASE__LOAD_DEFAULT_CONNECTIONS": "False",
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": worker_logs,
         "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": trigger_logs,
         # Airflow 3
