@@ -27,7 +27,7 @@ from keras_remote_airflow.arguments import (
 )
 from keras_remote_airflow.awaited import AwaitedDataset
 from keras_remote_airflow.connection import connect
-from keras_remote_airflow.core.errors import InvalidInputError, StoreError
+from keras_remote_airflow.core.errors import InvalidInputError, StoreError, printable
 from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey, get_layout
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref
 from keras_remote_airflow.failures import (
@@ -312,7 +312,7 @@ class CacheSensor(BaseSensorOperator):
                 "objects with Google's own sensors"
             )
         content_hash = data.content_hash(rendered_or_none("hash_index", self.hash_index))
-        self.log.info("Hashed to %s: %s", content_hash, data.path)
+        self.log.info("Hashed to %s: %s", content_hash, printable(data.path))
         return content_hash, data.is_dir
 
     def _check_arguments(self) -> None:
