@@ -129,7 +129,7 @@ def take_snapshot(
     if expected:
         counts.expect(*expected)
     with closing(index) if index else nullcontext():
-        with counts, _Hasher(snapshot, counts, config) as hasher:
+        with counts, _Hasher(snapshot, counts, config, index) as hasher:
             base = os.fsencode(path if is_dir else os.path.dirname(path))
             for folder, names in walk(path) if is_dir else [single_file(path)]:
                 paths = [folder + name for name in names]
@@ -193,9 +193,7 @@ def _unknown(folder: bytes, files: _Files, snapshot: Snapshot, index: "HashIndex
         return ()
     indices = [files.first + position for position in known]
     snapshot.fill(indices, [states[position] for position in known], crcs, digests)
-    unknown = sorted(set(range(len(states))).difference(known))
-    index.write_back({states[p].st_dev: files.local_path(p) for p in unknown if stamps[p]})
-    return unknown
+    return sorted(set(range(len(states))).difference(known))
 
 
 def _states(files: _Files, index: "HashIndex") -> list[os.stat_result]:
@@ -217,8 +215,15 @@ class _Hasher:
     are hashed in one thread for each processor, or by the many threads.
     """
 
-    def __init__(self, snapshot: Snapshot, progress: Progress, config: HashingConfig) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        progress: Progress,
+        config: HashingConfig,
+        index: "HashIndex | None",
+    ) -> None:
         self._snapshot = snapshot
+        self._index = index
         self._progress = progress
         self._config = config
         self._stop = threading.Event()
@@ -347,6 +352,9 @@ class _Hasher:
                 states = list(compress(states, small))
                 sizes = list(compress(sizes, small))
                 readable = list(compress(descriptors, small))
+            if self._index:
+                for descriptor, state in zip(readable, states, strict=True):
+                    self._index.write_back(descriptor, state)
             contents = [os.read(d, size + 1) for d, size in zip(readable, sizes, strict=True)]
         finally:
             for descriptor in descriptors:
@@ -371,6 +379,8 @@ class _Hasher:
             state = os.fstat(descriptor)
             if not stat.S_ISREG(state.st_mode):
                 raise not_a_file(path, state.st_mode)
+            if self._index:
+                self._index.write_back(descriptor, state)
             sha256 = hashlib.sha256(files.paths[position] + b"\0")
             crc32c = done = 0
             # It may grow as fast as it is read.
