@@ -41,14 +41,19 @@ import stat
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
+from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import google_crc32c
 
 from keras_remote_airflow.core.disk.snapshot import Snapshot
 from keras_remote_airflow.core.disk.tree import ABSENT, OPEN_FLAGS, stat_path, system_path
 from keras_remote_airflow.core.errors import InvalidInputError, printable
+
+if TYPE_CHECKING:
+    import ctypes
 
 _log = logging.getLogger(__name__)
 
@@ -174,16 +179,13 @@ class HashIndex:
         """
         if state.st_dev in self._written_back or not self.stamp(state):
             return
-        import ctypes  # takes some milliseconds
-
-        libc = ctypes.CDLL(None)
+        libc = _libc()
         if not hasattr(libc, "syncfs"):  # macOS
             os.fsync(descriptor)
         elif os.major(state.st_dev):
             # What is in flight is waited for, the rest is sent off: then no page can be written to
             # unseen. Thousandfold faster than fsync, which has the disk flush its cache each time.
-            nowhere = ctypes.c_int64(0)
-            if libc.sync_file_range(descriptor, nowhere, nowhere, 3):
+            if libc.sync_file_range(descriptor, 0, 0, 3):
                 os.fsync(descriptor)
         else:
             # The file may be one of another file system below this one (overlayfs), for which
@@ -274,6 +276,16 @@ class HashIndex:
                 joined, files = b"\0".join(names), snapshot.columns(block[0][0], block[-1][0] + 1)
                 crc32c = _crc32c(self._root, folder, joined, files)
                 yield self._root, folder, names[-1], crc32c, joined, files
+
+
+@cache
+def _libc() -> "ctypes.CDLL":
+    import ctypes  # takes some milliseconds
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "sync_file_range"):
+        libc.sync_file_range.argtypes = ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint
+    return libc
 
 
 def _is_gone(root: bytes) -> bool:
