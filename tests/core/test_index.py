@@ -229,8 +229,10 @@ def test_a_change_through_mmap_is_seen(tree, index, size):
 
 def test_what_others_have_not_yet_written_is_not_waited_for(tree, index, tmp_path):
     # It may be gigabytes, which a slow disk takes minutes to write.
-    if not os.major(os.stat(tmp_path).st_dev):
-        pytest.skip("has no disk of its own, and may be an overlay, which is written back as a whole")
+    if not os.major(os.stat(tmp_path).st_dev):  # it may be an overlay, written back as a whole
+        pytest.skip(
+            "has no disk of its own, and may be an overlay, which is written back as a whole"
+        )
     _write(tmp_path / "other", bytes(10))
     with _mapped(tmp_path / "other") as pages:
         before = os.stat(tmp_path / "other").st_mtime_ns
