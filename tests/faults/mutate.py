@@ -132,6 +132,12 @@ MUTATIONS = {
         "self._stall_timeout = 3600.0",
         "test_tap.py",
     ),
+    "what is slow taken for stalled": (
+        "core/cloud/transport.py",
+        "if until < now + self._stall_timeout:",
+        "if False:",
+        "test_tap.py",
+    ),
     "session URL told": (
         "core/cloud/retry.py",
         '    return re.sub(r"\\?[^\\s\'\\"]+", "?…", text)\n',

@@ -272,10 +272,18 @@ class Transport:
                 the answer came.
         """
         headers = await self._tokens.authorized(headers)
-        async with asyncio.timeout(self._stall_timeout) as stalled:
+        # Setting a timer costs as much as reading a small file, so it is set a little later than
+        # need be, and again only when what it adds is used up.
+        patience = 1.01 * self._stall_timeout
+        until = self._loop.time() + patience
+        async with asyncio.timeout_at(until) as stalled:
 
             def moved() -> None:
-                stalled.reschedule(self._loop.time() + self._stall_timeout)
+                nonlocal until
+                now = self._loop.time()
+                if until < now + self._stall_timeout:
+                    until = now + patience
+                    stalled.reschedule(until)
 
             try:
                 async with self._session.request(
