@@ -1,6 +1,9 @@
 """What the tests of core share: trees on disk, a bucket seen from outside, a look at the writes."""
 
 import fcntl
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,18 @@ def tree(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture
+def as_another_user() -> Iterator[Path]:
+    """This process acts as user 1000 until the end; the value is a directory that it may enter."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can act as another user")
+    folder = tempfile.mkdtemp()
+    os.chmod(folder, 0o755)
+    yield Path(folder)
+    os.seteuid(0)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

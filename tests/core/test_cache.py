@@ -102,6 +102,26 @@ def test_copy_may_be_held_before_it_is_there_and_after_its_cache_was_removed(tmp
         copy.rmdir()
 
 
+def test_descriptor_that_has_become_another_files_is_not_closed(tmp_path):
+    copy, use = tmp_path / ("1" * 64), tmp_path / f".keras-remote-{'1' * 64}.use"
+    hold(str(copy))
+    [number] = [n for n in range(3, 1000) if same(n, use)]
+    with open(__file__, "rb") as file:
+        os.dup2(file.fileno(), number)  # as in a daemon, which closes all that it inherits
+        use.unlink()
+        hold(str(copy))
+        assert same(number, __file__)
+        make_room(str(tmp_path), 0)
+    os.close(number)
+
+
+def same(number, path):
+    try:
+        return os.path.samestat(os.fstat(number), os.stat(path))
+    except OSError:
+        return False
+
+
 def test_limit_that_copies_in_use_exceed_is_told(cache, caplog):
     with another_process(hold, str(cache / ("2" * 64))):
         make_room(str(cache), 999)

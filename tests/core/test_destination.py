@@ -300,12 +300,66 @@ def test_record_is_on_the_directory_or_beside_it(tmp_path, monkeypatch):
     assert read_records(final) == set()
     for content_hash in "12":
         write_record(new, final, content_hash, beside=True)
+    assert read_records(final) == set()
+    os.rename(new, final)
     assert read_records(final) == {"1", "2"}
     assert read_records(new) == set()
     if os.geteuid() == 0:
-        [record] = set(os.listdir(tmp_path)) - {"final", "new"}
+        [record] = set(os.listdir(tmp_path)) - {"final"}
         os.chown(tmp_path / record, 12345, 12345)
         assert read_records(final) == set()
+
+
+def test_record_beside_a_directory_is_not_about_one_that_took_its_place(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "setxattr", raising=False)
+    (tmp_path / "final").mkdir()
+    (tmp_path / "mine").mkdir()
+    final = str(tmp_path / "final")
+    write_record(final, final, "1", beside=True)
+    assert read_records(final) == {"1"}
+    os.rename(tmp_path / "mine", final)
+    assert read_records(final) == set()
+
+
+@pytest.mark.timeout(20)
+def test_record_that_is_a_fifo_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "setxattr", raising=False)
+    (tmp_path / "final").mkdir()
+    final = str(tmp_path / "final")
+    write_record(final, final, "1", beside=True)
+    [record] = set(tmp_path.iterdir()) - {tmp_path / "final"}
+    record.unlink()
+    os.mkfifo(record)
+    assert read_records(final) == set()
+    with pytest.raises(OSError, match=record.name):
+        write_record(final, final, "1", beside=True)
+
+
+def test_file_that_came_meanwhile_stays_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: throw(OSError(errno.EPERM, "no")))
+    for name in ("new", "final"):
+        (tmp_path / name).write_text(name)
+    assert not put(str(tmp_path / "new"), str(tmp_path / "final"))
+    assert (tmp_path / "final").read_text() == "final"
+    assert put(str(tmp_path / "new"), str(tmp_path / "free"))
+
+
+@needs_flock
+def test_read_only_directories_that_a_killed_process_left_are_removed(as_another_user):
+    os.chmod(as_another_user, 0o777)
+    os.seteuid(1000)
+    partial, elsewhere = as_another_user / partial_name("final"), as_another_user / "elsewhere"
+    elsewhere.mkdir(0o500)
+    for folder in ("data/a", "data/b"):
+        (partial / folder).mkdir(parents=True)
+        (partial / folder / "file").touch()
+    (partial / "data" / "link").symlink_to(elsewhere)
+    for folder in ("data/a", "data/b", "data"):
+        (partial / folder).chmod(0o500)
+    with locked(str(partial)):
+        assert os.listdir(partial) == []
+    assert os.listdir(as_another_user) == ["elsewhere"]
+    assert elsewhere.stat().st_mode & 0o777 == 0o500
 
 
 @needs_root

@@ -326,7 +326,7 @@ def test_reading_many_at_once_ends_when_the_disk_has_become_fast(tree, slow_disk
 def test_what_has_taken_a_files_place_is_a_change_with_its_full_path(tree, monkeypatch):
     root = tree({})
     # Listed as a file, and opened when it is a link to itself.
-    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing.walk", lambda _: [(b"", [b"b"])])
+    monkeypatch.setattr("keras_remote_airflow.core.disk.hashing.walk", lambda *_: [(b"", [b"b"])])
     (root / "b").symlink_to("b")
     with pytest.raises(DataChangedError, match=f"vanished.*{re.escape(str(root))}/b"):
         take_snapshot(str(root))

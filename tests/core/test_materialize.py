@@ -1,11 +1,11 @@
 """`materialize`: from a ref to verified bytes on disk, or an error and an untouched disk."""
 
+import ctypes
 import errno
 import json
 import os
 import pathlib
 import re
-import shutil
 import stat
 import tempfile
 import tracemalloc
@@ -293,6 +293,44 @@ def test_what_changes_while_the_next_is_downloaded_is_not_replaced(directory, to
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize("moment", ["one step", "two renames"])
+def test_what_changes_in_the_last_moment_is_not_replaced(
+    directory, single, tomorrows, tmp_path, moment, monkeypatch
+):
+    if moment == "two renames":
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+    hashed = []
+
+    def spoil(update):  # once the new data was hashed, and what is there for the second time
+        hashed.append(update.activity)
+        if hashed[-1] == "Hashing" and hashed.count("Hashing") == 3:
+            path.write_text("mine")
+
+    for ref, path in (
+        (directory, tmp_path / "out" / "new"),
+        (single, tmp_path / "1" / "config.json"),
+    ):
+        hashed.clear()
+        materialize(ref, path.parent, replace=True)
+        before = on_disk(path.parent)
+        with pytest.raises(InvalidInputError, match="changed"):
+            materialize(tomorrows[ref["is_dir"]], path.parent, replace=True, progress=spoil)
+        assert on_disk(path.parent) == before | {path.name: b"mine"}
+        assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_what_was_made_read_only_is_replaced_and_removed(directory, tomorrows, as_another_user):
+    os.chmod(as_another_user, 0o777)
+    os.seteuid(1000)
+    dest = as_another_user / "out"
+    materialize(directory, dest, replace=True)
+    for folder in (dest / "sub", dest):
+        folder.chmod(0o555)
+    materialize(tomorrows[True], dest, replace=True)
+    assert on_disk(dest) == {"train.csv": b"T", "config.json": b"{}"}
+    assert os.listdir(as_another_user) == ["out"]
+
+
 def test_link_is_not_replaced(directory, tomorrows, tmp_path):
     materialize(directory, tmp_path / "real")
     (tmp_path / "out").symlink_to(tmp_path / "real")
@@ -311,18 +349,6 @@ def test_reader_of_what_is_replaced_keeps_what_it_has_opened(directory, tomorrow
 
 
 # Places where this user may not do everything.
-
-
-@pytest.fixture
-def as_another_user():
-    """This process acts as user 1000 until the end; the value is a directory that it may enter."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can act as another user")
-    folder = tempfile.mkdtemp()
-    os.chmod(folder, 0o755)
-    yield pathlib.Path(folder)
-    os.seteuid(0)
-    shutil.rmtree(folder)
 
 
 def test_dest_whose_parent_is_not_writable_is_refused_with_a_way_out(directory, as_another_user):

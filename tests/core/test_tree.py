@@ -23,7 +23,7 @@ from . import reference
 
 
 def walked(root: Path) -> list[str]:
-    return [(folder + name).decode() for folder, names in walk(str(root)) for name in names]
+    return [(folder + name).decode() for folder, names in walk(str(root), [], []) for name in names]
 
 
 def test_files_of_a_folder_come_before_its_subfolders(tree):
@@ -35,14 +35,17 @@ def test_files_of_a_folder_come_before_its_subfolders(tree):
 def test_a_large_folder_comes_in_parts(tmp_path):
     for number in range(2500):
         (tmp_path / f"{number:04}").touch()
-    parts = [(folder, len(names)) for folder, names in walk(str(tmp_path))]
+    parts = [(folder, len(names)) for folder, names in walk(str(tmp_path), [], [])]
     assert parts == [(b"", 1000), (b"", 1000), (b"", 500)]
     assert walked(tmp_path) == [f"{number:04}" for number in range(2500)]
 
 
-def test_folders_without_files_are_not_mentioned(tmp_path):
+def test_linked_and_empty_folders_are_told_apart_from_the_files(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
-    assert list(walk(str(tmp_path))) == []
+    (tmp_path / "c").symlink_to(tmp_path / "a")
+    linked, empty = [], []
+    assert list(walk(str(tmp_path), linked, empty)) == []
+    assert (linked, empty) == ([b"c"], [b"a/b/"])
 
 
 def walk_order(path: bytes) -> list[tuple[bool, bytes]]:

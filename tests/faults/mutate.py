@@ -188,8 +188,14 @@ MUTATIONS = {
     ),
     "replaced without a record": (
         "core/datasets/materialize.py",
-        "        if content_hash not in records or next(unhashed(final), None):\n",
+        "        if not content_hash or content_hash not in records:\n",
         "        if False:\n",
+        "../core/test_materialize.py",
+    ),
+    "last change before an exchange removed": (
+        "core/datasets/materialize.py",
+        "tree_state(whole) != seen",
+        "False",
         "../core/test_materialize.py",
     ),
     "copy in use removed": (

@@ -30,7 +30,7 @@ from keras_remote_airflow.core.disk.destination import (
     partial_name,
     put,
     read_records,
-    unhashed,
+    tree_state,
     write_record,
 )
 from keras_remote_airflow.core.disk.tree import system_path
@@ -219,16 +219,15 @@ class _Job:
                 f"there. Expected: {self.ref.gcs_uri}"
             )
         records = read_records(final)
-        if content_hash not in records or next(unhashed(final), None):
-            reason = "it was changed since" if records else "no record says so"
-            raise InvalidInputError(
-                f"destination is not what materialize put there ({reason}), so it is not replaced: "
-                f"{final}. Choose another dest, or remove it."
-            )
+        if not content_hash or content_hash not in records:
+            raise _not_ours(final, "it was changed since" if records else "no record says so")
         return False
 
     def _compare(self, final: str) -> tuple[str | None, str]:
-        """Return how what is at `final` differs from the data (None: not at all), and its hash."""
+        """Return how what is at `final` differs from the data (None: not at all), and its hash.
+
+        The hash is empty if it does not tell all that is there.
+        """
         from keras_remote_airflow.core.disk.hashing import take_snapshot
 
         try:
@@ -248,15 +247,19 @@ class _Job:
         problem = None
         if key is None or key.content_hash != snapshot.content_hash:  # else it needs no network
             problem = self.source.problem(snapshot)
-        return problem or next(unhashed(final), None), snapshot.content_hash
+        # Readers that make classes of directories would see one more.
+        for kind, folders in ("a linked", snapshot.linked), ("an empty", snapshot.empty):
+            if folders:
+                return problem or f"{os.fsdecode(folders[0])} is {kind} directory", ""
+        return problem, snapshot.content_hash
 
     def _fetch(self, final: str) -> bool:
         """Download the data to `final`; return False if another process has done it meanwhile."""
         from keras_remote_airflow.core.disk.hashing import take_snapshot
 
-        seen = _identity(final)
+        seen = tree_state(final)
         with self._partial_directory(final) as partial:
-            if _identity(final) != seen and self._is_whole(final):
+            if tree_state(final) != seen and self._is_whole(final):
                 return False
             source = self.source
             if self.cache is not None:
@@ -283,9 +286,16 @@ class _Job:
                 )
             write_record(whole, final, snapshot.content_hash, beside=self.replace)
             if not put(whole, final):
+                seen = tree_state(final)
                 if self.cache is None and self._is_whole(final):
                     return False
                 exchange(whole, final)
+                try:
+                    if self.cache is None and tree_state(whole) != seen:
+                        raise _not_ours(final, "it was changed in the last moment")
+                except BaseException:
+                    exchange(whole, final)
+                    raise
         if self.cache is not None:
             make_room(self.cache, self.cache_max_bytes)
         _log.info(
@@ -357,13 +367,11 @@ def find_ref(store: ObjectStore, gcs_uri: str) -> DataRef:
     )
 
 
-def _identity(path: str) -> tuple[int, int, int] | None:
-    """Return what changes when something else is put at `path`, or into it."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino, found.st_ctime_ns
+def _not_ours(final: str, reason: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"destination is not what materialize put there ({reason}), so it is not replaced: "
+        f"{final}. Choose another dest, or remove it."
+    )
 
 
 def download(

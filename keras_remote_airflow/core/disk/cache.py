@@ -70,11 +70,9 @@ def hold(copy: str) -> None:
     try:
         if copy not in _held or not is_at(_held[copy], path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            descriptor = _lock(path, fcntl.LOCK_SH)
-            stale = _held.pop(copy, None)
-            _held[copy] = descriptor
-            if stale is not None:
-                os.close(stale)
+            # A former descriptor is left open: a process that turned itself into a daemon has
+            # closed it, and its number may be that of another file.
+            _held[copy] = _lock(path, fcntl.LOCK_SH)
         with suppress(PermissionError):  # another user's file
             os.utime(_held[copy])
     except (OSError, NotImplementedError) as exc:
@@ -157,7 +155,9 @@ def _lock(path: str, operation: int) -> int:
 
 
 def _open(path: str, flags: int) -> int:
-    return patiently(lambda: os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+    # O_NONBLOCK: opening a FIFO that another user has put there must not wait.
+    flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    return patiently(lambda: os.open(path, flags, 0o666))
 
 
 def _use_file(copy: str) -> str:

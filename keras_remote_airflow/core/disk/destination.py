@@ -3,8 +3,8 @@
 What is not yet whole lies in a directory of this user alone, beside the destination:
 
     .keras-remote-{16 hex digits}-{uid}.partial/
-        data     what is being downloaded, or what was replaced by it
-        old      what is being replaced, where two names cannot be exchanged in one step
+        data         what is being downloaded, or what was replaced by it
+        data.old     what is being replaced, where two names cannot be exchanged in one step
 
 Its name follows from the destination's, so processes with the same destination use the same one.
 The process that fills it holds a lock on it (flock). A second one waits. The next run deletes the
@@ -171,7 +171,7 @@ def locked(directory: str, wait: bool = True) -> Iterator[str]:
         finally:
             if is_at(descriptor, directory):
                 # What something still writes to is left to the next run.
-                shutil.rmtree(directory, ignore_errors=True)
+                _remove(directory, ignore_errors=True)
     finally:
         os.close(descriptor)
 
@@ -191,14 +191,15 @@ def put(source: str, final: str) -> bool:
     """Rename `source` to `final` unless that is taken; return whether it was free."""
     if os.path.isdir(source):
         with suppress(FileNotFoundError):  # an empty directory hands its mode on
-            os.chmod(source, stat.S_IMODE(os.lstat(final).st_mode))
+            _take_mode(source, final)
     else:
         try:
             os.link(source, final)
         except FileExistsError:
             return False
-        except OSError:
-            pass  # there are file systems without hard links
+        except OSError:  # there are file systems without hard links
+            if os.path.lexists(final):
+                return False
         else:
             return True
     try:
@@ -211,20 +212,29 @@ def put(source: str, final: str) -> bool:
 
 
 def exchange(source: str, final: str) -> None:
-    """Put `source` in the place of `final`, and what was there into the directory of `source`.
+    """Put `source` in the place of `final`, and what was there in the place of `source`.
 
     Linux and macOS exchange the two names in one step. On other systems, and on file systems that
-    cannot do that, a reader finds nothing at `final` between two renames.
+    cannot do that, a reader finds no directory at `final` between two renames.
     """
-    if not os.path.isdir(source):
-        os.replace(source, final)
-        return
-    os.chmod(source, stat.S_IMODE(os.stat(final).st_mode))
-    old = os.path.join(os.path.dirname(source), "old")
+    old = f"{source}.old"
     try:
+        if os.path.isdir(source):
+            _take_mode(source, final)
+            _take_mode(final, final)
         if _exchange_in_one_step(source, final):
             return
-        os.rename(final, old)
+        try:
+            try:
+                os.link(final, old)
+            except OSError:  # a directory, or a file system without hard links
+                os.rename(final, old)
+            os.rename(source, final)
+        except BaseException:
+            with suppress(OSError):
+                os.rename(old, final)
+            raise
+        os.rename(old, source)
     except OSError as exc:
         raise OSError(
             exc.errno,
@@ -232,11 +242,6 @@ def exchange(source: str, final: str) -> None:
             "Choose a directory on a volume, or a path that is not there",
             final,
         ) from exc
-    try:
-        os.rename(source, final)
-    except BaseException:
-        os.rename(old, final)
-        raise
 
 
 def is_at(descriptor: int, path: str) -> bool:
@@ -251,15 +256,15 @@ def write_record(new: str, final: str, content_hash: str, *, beside: bool) -> No
     """Note that `new`, which is to be put at `final`, is a copy of this content.
 
     The note is an extended attribute, which a rename takes along. Where there are none (macOS, NFS
-    before version 4.2), and if `beside` is true, it is a line in a file beside `final`.
+    before version 4.2), and if `beside` is true, it is a line in a file beside `final`: inode
+    number and hash.
     """
     try:
         os.setxattr(new, _RECORD, content_hash.encode())
     except (OSError, AttributeError):
         if beside:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(_record_file(final), flags, 0o600), "a") as file:
-                file.write(f"{content_hash}\n")
+            with open(_record_file(final), "a", opener=_open_record) as file:
+                file.write(f"{os.stat(new).st_ino} {content_hash}\n")
 
 
 def read_records(final: str) -> set[str]:
@@ -267,27 +272,45 @@ def read_records(final: str) -> set[str]:
     found = set()
     with suppress(OSError, AttributeError):
         found.add(os.getxattr(final, _RECORD).decode(errors="replace"))
-    with suppress(OSError), open(_record_file(final), errors="replace") as file:
+    with (
+        suppress(OSError),
+        open(_record_file(final), errors="replace", opener=_open_record) as file,
+    ):
         if os.fstat(file.fileno()).st_uid == os.geteuid():
-            found.update(file.read().split())
+            of_final = f"{os.stat(final).st_ino} "
+            found.update(
+                line.removeprefix(of_final).strip() for line in file if line.startswith(of_final)
+            )
     return found
 
 
-def unhashed(root: str) -> Iterator[str]:
-    """Name what is in a directory and not in its content hash: linked and empty directories."""
-    folders = [""] if os.path.isdir(root) else []
-    while folders:
-        folder = folders.pop()
-        with os.scandir(os.path.join(root, folder)) as entries:
-            found = list(entries)
-        if not found and folder:
-            yield f"{folder} is an empty directory"
-        for entry in found:
-            name = os.path.join(folder, entry.name)
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(name)
-            elif entry.is_symlink() and entry.is_dir():
-                yield f"{name} is a linked directory"
+def tree_state(path: str) -> int:
+    """Return a number that changes with any change below a directory, or of a file.
+
+    That the directory or file itself is renamed does not change it.
+    """
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return 0
+    if not stat.S_ISDIR(found.st_mode):
+        return hash((found.st_ino, found.st_size, found.st_mtime_ns))
+    state = hash(found.st_ino)
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            place = os.path.join(folder, name)
+            try:
+                found = os.lstat(place)
+            except FileNotFoundError:
+                continue
+            times = found.st_size, found.st_mtime_ns, found.st_ctime_ns
+            state += hash((place[len(path) :], times))
+    return state
+
+
+def _take_mode(folder: str, model: str) -> None:
+    # A directory that its owner may not write cannot be renamed into another one.
+    os.chmod(folder, stat.S_IMODE(os.lstat(model).st_mode) | stat.S_IWUSR)
 
 
 def _short_name(final: str) -> str:
@@ -297,6 +320,11 @@ def _short_name(final: str) -> str:
 
 def _record_file(final: str) -> str:
     return os.path.join(os.path.dirname(final), f"{_short_name(final)}.record")
+
+
+def _open_record(path: str, flags: int) -> int:
+    # Another user may have put a link or a FIFO there, which would have this process wait.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
 
 def _is_link(path: str) -> InvalidInputError:
@@ -413,8 +441,15 @@ def _flock(descriptor: int, directory: str, wait: bool) -> bool:
     return True
 
 
-def _remove(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    else:
+def _remove(path: str, ignore_errors: bool = False) -> None:
+    if os.path.islink(path) or not os.path.isdir(path):
         os.unlink(path)
+        return
+    shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):  # a user may have made the directories read-only
+        os.chmod(path, 0o700)
+        for folder, folders, _ in os.walk(path):
+            for name in folders:
+                if not os.path.islink(subfolder := os.path.join(folder, name)):
+                    os.chmod(subfolder, 0o700)
+        shutil.rmtree(path, ignore_errors)

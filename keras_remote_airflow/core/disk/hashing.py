@@ -131,7 +131,9 @@ def take_snapshot(
     with closing(index) if index else nullcontext():
         with counts, _Hasher(snapshot, counts, config, index) as hasher:
             base = os.fsencode(path if is_dir else os.path.dirname(path))
-            for folder, names in walk(path) if is_dir else [single_file(path)]:
+            for folder, names in (
+                walk(path, snapshot.linked, snapshot.empty) if is_dir else [single_file(path)]
+            ):
                 paths = [folder + name for name in names]
                 check_utf8(base, paths)
                 files = _Files(os.path.join(base, folder), names, paths, snapshot.add_names(paths))

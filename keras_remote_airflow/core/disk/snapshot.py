@@ -48,6 +48,7 @@ class Snapshot:
         is_dir: whether it is a directory.
         content_hash: 64 hex digits.
         total_bytes: size of all files.
+        linked, empty: relative paths of linked and empty directories, which are no part of it.
 
     Args:
         root: the attribute.
@@ -62,6 +63,8 @@ class Snapshot:
         self.is_dir = is_dir
         self.content_hash = ""
         self.total_bytes = 0
+        self.linked: list[bytes] = []
+        self.empty: list[bytes] = []
         self._names = bytearray()
         self._name_ends = array("Q")
         self._sizes = array("Q")

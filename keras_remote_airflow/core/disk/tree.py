@@ -82,19 +82,21 @@ def stat_path(path: str | bytes) -> os.stat_result:
         ) from exc
 
 
-def walk(root: str) -> Iterator[tuple[bytes, list[bytes]]]:
+def walk(root: str, linked: list[bytes], empty: list[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
     """Yield (folder, file names), up to 1,000 names at a time, in the order of the content hash.
 
-    The folder is relative to `root`: empty or with a final "/". What is left out (linked and empty
-    directories) is named in the log at the end.
+    The folder is relative to `root`: empty or with a final "/".
+
+    Args:
+        root: the directory.
+        linked, empty: get the relative paths of linked and empty directories, which are left out.
+            The log names them at the end.
 
     Raises:
         InvalidInputError: something in it is not a file that can be read.
         DataChangedError: a folder vanished meanwhile.
         OSError: something in it can't be read just now.
     """
-    linked: list[bytes] = []
-    empty: list[bytes] = []
     folders = [b""]
     while folders:
         folder = folders.pop()
