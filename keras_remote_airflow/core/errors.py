@@ -33,9 +33,10 @@ class DataNotFoundError(InvalidInputError, FileNotFoundError):
 
 
 class EmptyDataError(KerasRemoteError):
-    """Local data has fewer files than the caller asks for; nothing was sent.
+    """The data has too few files, or `gs://` data isn't there; nothing was sent.
 
-    Retrying may mend it, because a volume that is not mounted looks like an empty folder.
+    Retrying may mend it: a volume that is not mounted looks like an empty folder, and what writes
+    to Cloud Storage may not be done.
     """
 
 
