@@ -127,7 +127,8 @@ def upload_data(
         data: a `Data`, or its path.
         project: project id for the client made here; None takes `get_default_project()`.
         namespace_prefix: the first part of every object name.
-        client: google.cloud.storage.Client whose credentials and endpoint to use; None makes one.
+        client: google.cloud.storage.Client whose credentials, endpoint and extra headers to use;
+            None makes one.
         layout: "keras_remote", or "kinetic" to share the cache with keras-kinetic.
         verify: how much of the listing a hit is checked against: "page" (the first 1,000 objects,
             one request) or "full".
