@@ -23,7 +23,6 @@ class MemoryStore:
 
     Args:
         page_size: objects per page of a listing.
-        empty_pages: precede every page by an empty one, as Cloud Storage is free to do.
 
     Attributes:
         written: names of the objects stored so far, in that order.
@@ -32,12 +31,11 @@ class MemoryStore:
 
     bucket = "memory-bucket"
 
-    def __init__(self, page_size: int = 1000, *, empty_pages: bool = False) -> None:
+    def __init__(self, page_size: int = 1000) -> None:
         self.written: list[str] = []
         self.calls: list[str] = []
         self._objects: dict[str, tuple[ObjectInfo, bytes]] = {}
         self._page_size = page_size
-        self._empty_pages = empty_pages
         self._generation = 0
 
     def read(self, name: str) -> bytes | None:
@@ -46,11 +44,8 @@ class MemoryStore:
 
     def list_page(self, prefix: str, token: str | None = None) -> Page:
         self.calls.append("list_page")
-        if self._empty_pages and not (token or "").startswith("full:"):
-            return Page([], "full:" + (token or ""))
-        after = (token or "").removeprefix("full:")
         names = sorted(
-            (name for name in self._objects if name.startswith(prefix) and name > after),
+            (name for name in self._objects if name.startswith(prefix) and name > (token or "")),
             key=str.encode,
         )
         page = names[: self._page_size]

@@ -267,18 +267,3 @@ def test_absent_marker_costs_one_read(snapshot, key):
     store = MemoryStore()
     assert whole(store, key, snapshot) is None
     assert store.calls == ["read"]
-
-
-@pytest.mark.parametrize("body", [None, b""], ids=["receipt", "empty marker"])
-@pytest.mark.parametrize("page_size", [1, 4, 1000])
-def test_empty_page_says_nothing(snapshot, key, body, page_size):
-    # "There may be more": Cloud Storage is free to send a page without objects and a next token.
-    store = MemoryStore(page_size, empty_pages=True)
-    put(store, key, snapshot)
-    if body is not None:
-        store.replace(key.marker_name, body)
-    for verify in ("page", "full"):
-        assert whole(store, key, snapshot, verify)
-        assert found(store, key, verify)
-    store.delete(key.object_name("00"))
-    assert whole(store, key, snapshot, "full") is None

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import hashlib
 import http.server
 import itertools
@@ -14,12 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import google_crc32c
 import pytest
 
 from keras_remote_airflow.core.cloud.bucket import open_bucket
-from keras_remote_airflow.core.cloud.gcs import DIGEST_KEY
+from keras_remote_airflow.core.cloud.gcs import DIGEST_KEY, GcsStore
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import (
     FileToSend,
@@ -398,21 +401,61 @@ def test_answer_that_is_not_cloud_storages_is_an_error_that_says_so(monkeypatch,
         portal.shutdown()
 
 
+def test_answer_that_would_fill_the_memory_is_refused(monkeypatch):
+    class Bomb(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = gzip.compress(bytes(80 << 20), 1)
+            self.send_response(200)
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Bomb) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+        with open_bucket("bucket") as store, pytest.raises(StoreError, match="bytes") as raised:
+            store.list_page("x")
+        assert not raised.value.transient
+        server.shutdown()
+
+
 @pytest.mark.parametrize(
-    ("answers", "error"),
+    ("answers", "expected"),
     [
-        ([{}], None),
-        ([{"items": None, "nextPageToken": ""}], None),
+        ([{}], []),
+        ([{"items": None, "nextPageToken": ""}], []),
+        # "There may be more": Cloud Storage is free to send a page without objects and a token.
+        ([{"nextPageToken": "A"}, {"nextPageToken": "B"}, {"items": [{"name": "x"}]}], ["x"]),
         ([{"items": [], "nextPageToken": "again"}], "leads to itself"),
         ([{"items": [{"name": "x/b"}, {"name": "x/a"}]}], "x/a after x/b"),
         ([{"items": [{"name": "x"}], "nextPageToken": t} for t in "AB"], "x after x"),
         ([{"items": [{"size": "1"}]}], "incomplete"),
         ([{"items": [{"name": "x", "crc32c": "?"}]}], "incomplete"),
+        ([{"items": [{"name": 5}]}], "incomplete"),
+        ([{"items": [{"name": "x\ud800"}]}], "incomplete"),
+        ([{"items": [{"name": "x", "size": float("inf")}]}], "incomplete"),
         ([[]], "not a Cloud Storage answer"),
     ],
-    ids=["empty", "null", "one token", "disorder", "two tokens", "no name", "no CRC32C", "list"],
+    ids=[
+        "empty",
+        "null",
+        "empty pages",
+        "one token",
+        "disorder",
+        "two tokens",
+        "no name",
+        "no CRC32C",
+        "a number",
+        "no text",
+        "infinite",
+        "list",
+    ],
 )
-def test_listing_ends_whatever_the_server_answers(monkeypatch, answers, error):
+def test_listing_ends_whatever_the_server_answers(monkeypatch, answers, expected):
     class Lists(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             if "fields=size" in self.path:  # an object whose size was not listed
@@ -432,13 +475,31 @@ def test_listing_ends_whatever_the_server_answers(monkeypatch, answers, error):
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
         with open_bucket("bucket") as store:
-            if error is None:
-                assert list(list_objects(store, "x")) == []
+            if isinstance(expected, list):
+                assert [info.name for info in list_objects(store, "x")] == expected
+                assert [info.name for info in store.list_page("x").objects] == expected
             else:
-                with pytest.raises(StoreError, match=error) as raised:
+                with pytest.raises(StoreError, match=expected) as raised:
                     list(list_objects(store, "x"))
                 assert not raised.value.transient
         server.shutdown()
+
+
+def test_listing_of_empty_pages_ends_too():
+    class Endless:
+        """A transport whose every answer is an empty page that leads to the next."""
+
+        asked = 0
+        retry = SimpleNamespace(run=lambda what, attempt: attempt())
+
+        async def exchange(self, *_: object, **__: object) -> tuple[int, dict[str, str], bytes]:
+            self.asked += 1
+            return 200, {}, b'{"nextPageToken": "%d"}' % self.asked
+
+    endless: Any = Endless()
+    store = GcsStore("bucket", endless)
+    with pytest.raises(StoreError, match="empty pages"):
+        asyncio.run(store.alist_page("x"))
 
 
 def test_transfer_that_a_library_cancels_is_no_success(gcs_bucket, file):

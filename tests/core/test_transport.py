@@ -658,6 +658,29 @@ def test_where_no_thread_can_be_started_everything_is_done_without(
     assert on_disk(tmp_path / "copy") == files
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("thread", ["thread", "no thread"])
+def test_closing_ends_though_the_work_does_not(monkeypatch, thread):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    async def deaf() -> None:
+        while True:
+            with suppress(asyncio.CancelledError):
+                await asyncio.get_running_loop().create_future()
+
+    async def begin() -> None:
+        begun.append(asyncio.create_task(deaf()))
+        await asyncio.sleep(0)
+
+    if thread == "no thread":
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    begun: list[Any] = []
+    with Transport(client_for(f"http://{HOST}"), RetryPolicy()) as transport:
+        transport.run(begin())
+    assert begun[0].cancelling()
+
+
 @pytest.mark.parametrize("problem", ["No such file", "no certificate", "not connected"])
 def test_authorities_that_cannot_be_read_are_named(problem, tmp_path, monkeypatch):
     bundle = tmp_path / "bundle.pem"

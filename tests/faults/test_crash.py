@@ -106,11 +106,16 @@ def test_a_large_file_goes_on_where_the_connection_broke(
     assert sessions(server) == 1
 
 
+@pytest.mark.parametrize("learnt_from", ["data", "question"])
 @pytest.mark.parametrize("status", [404, 410])
-def test_a_lost_session_is_opened_anew(server: StorageServer, tmp_path: Path, status: int) -> None:
+def test_a_lost_session_is_opened_anew(
+    server: StorageServer, tmp_path: Path, status: int, learnt_from: str
+) -> None:
     path = make_tree(tmp_path / "data", {"big": content(BIG)})
     put: dict[str, Any] = {"method": "PUT", "path": "upload_id"}
-    server.add_fault(Fault(**put, action="drop_before", after_bytes=3 << 20))
+    if learnt_from == "question":
+        server.add_fault(Fault(**put, action="drop_before", after_bytes=3 << 20))
+    server.add_fault(Fault(**put, nth=1 + (learnt_from == "question"), status=status))
     server.add_fault(Fault(**put, nth=2, status=status))
     result = do_upload(server.url, path)
     assert published(server) == {result.content_hash: {"big"}}

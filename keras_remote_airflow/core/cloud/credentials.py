@@ -72,13 +72,20 @@ class AccessTokens:
         accepted, then the account is refused, and is not asked for tokens for ever.
         """
         refused = headers.get("authorization")
-        if refused is None or refused == self._refused:
-            return refused is not None
+        if refused is None:
+            return False
+        if refused == self._refused:  # by another request, or once more: some services keep tokens
+            return not self._credentials.token or self._authorization() != refused
         if not self._may_renew:
             return False
         self._refused, self._may_renew = refused, False
         self._credentials.token = None
         return True
+
+    def _authorization(self) -> str:
+        headers: dict[str, str] = {}
+        self._credentials.apply(headers)
+        return headers["authorization"]
 
     def close(self) -> None:
         """Cancel a fetch that is under way."""

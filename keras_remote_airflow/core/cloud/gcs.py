@@ -69,10 +69,21 @@ _SINGLE_REQUEST_BYTES = 8 << 20
 _STREAMING_BYTES = 2 * CHUNK_BYTES
 # Random for each process, so that no content contains it on purpose.
 _BOUNDARY = secrets.token_hex(16)
+# Statuses of an answer to the bytes of a file, sent whole or into a session.
+_EXPECTED = {"POST": (200, 400, 412), "PUT": (200, 201, 308, 400, 404, 410, 412)}
 # How often a server may say of one object that it is there (412) and then that it is not (404).
 _MAX_CONTRADICTIONS = 3
 # What a parser raises for an answer that Cloud Storage would not give.
-_NOT_UNDERSTOOD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_NOT_UNDERSTOOD = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+# How many pages of a listing may be empty before one that is not.
+_MAX_EMPTY_PAGES = 1000
 _CRC32C_HEADER = re.compile(r"crc32c=([A-Za-z0-9+/=]+)")
 
 
@@ -126,6 +137,19 @@ class GcsStore:
         return self.run(self.alist_page(prefix, token))
 
     async def alist_page(self, prefix: str, token: str | None = None) -> Page:
+        # Only the missing token says that a listing is over, see
+        # https://cloud.google.com/storage/docs/json_api/v1/objects/list.
+        for _ in range(_MAX_EMPTY_PAGES):
+            page = await self._any_page(prefix, token)
+            token = page.next_token
+            if page.objects or token is None:
+                return page
+        raise StoreError(
+            f"a listing began with {_MAX_EMPTY_PAGES} empty pages: {self._uri(prefix)}. Check the "
+            "endpoint and STORAGE_EMULATOR_HOST."
+        )
+
+    async def _any_page(self, prefix: str, token: str | None) -> Page:
         query = {
             "prefix": prefix,
             "fields": "items(name,size,crc32c,generation,metadata),nextPageToken",
@@ -142,6 +166,7 @@ class GcsStore:
             with _understanding(body):
                 page = json.loads(body)
                 items = [_info(item) for item in page.get("items") or ()]
+                "".join([info.name for info in items]).encode()  # all are text
                 next_token = page.get("nextPageToken") or None
             if next_token is not None and next_token == token:
                 raise _not_understood("a page of a listing leads to itself")
@@ -356,10 +381,10 @@ class GcsStore:
     ) -> tuple[int, bytes]:
         """Send the file's bytes once; return status (412: already there) and body of the answer."""
         status, _, body = await self._transport.exchange(
-            method, url, expected=(200, 201, 308, 400, 412), headers=headers, data=data
+            method, url, expected=_EXPECTED[method], headers=headers, data=data
         )
-        if status == 308:
-            raise RetryableError("the upload session holds only part of the file", 308)
+        if status in (308, 404, 410):  # the next attempt asks the session, and may open another
+            raise RetryableError("the upload session is gone, or holds only a part", status)
         if status != 400:
             return status, body
         # 400 is how Cloud Storage refuses bytes that are not the declared ones. Were they damaged

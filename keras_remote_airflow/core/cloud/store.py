@@ -96,7 +96,10 @@ class ObjectStore(Protocol):
         """
 
     def list_page(self, prefix: str, token: str | None = None) -> Page:
-        """Return one page of the objects whose names begin with `prefix`."""
+        """Return one page of the objects whose names begin with `prefix`.
+
+        A page without objects is the last one.
+        """
 
     def stat(self, names: Sequence[str]) -> list[ObjectInfo | None]:
         """Ask for each of these objects, concurrently; None for one that is not there.
@@ -149,18 +152,6 @@ class AsyncReader(Protocol):
 
     async def alist_page(self, prefix: str, token: str | None = None) -> Page:
         """Do what `list_page` does."""
-
-
-def first_page(store: ObjectStore, prefix: str) -> Page:
-    """Return the first page that shows anything.
-
-    Empty pages may come before it: only the missing token says that a listing is over, see
-    https://cloud.google.com/storage/docs/json_api/v1/objects/list.
-    """
-    page = store.list_page(prefix)
-    while not page.objects and page.next_token is not None:
-        page = store.list_page(prefix, page.next_token)
-    return page
 
 
 def list_objects(store: ObjectStore, prefix: str) -> Iterator[ObjectInfo]:

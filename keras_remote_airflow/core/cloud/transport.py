@@ -45,9 +45,11 @@ _T = TypeVar("_T")
 MAX_REQUESTS = 128
 _MAX_BYTES = 32 << 20
 _CONNECT_SECONDS = 30.0
+_CLOSE_SECONDS = 2.0  # for what is under way; Airflow kills a task 5 s after it asked it to end
 _THREADS = 32  # for what blocks, such as reading from a slow disk: as many as hashing uses
 # Bytes of a streamed body that are read at a time.
 _READ_BYTES = 1 << 20
+_MAX_ANSWER_BYTES = 64 << 20  # a page of a listing has 15 MB at the most
 _ERROR_BYTES = 4096  # of the body of an answer that was not expected
 _GZIP = 31  # what zlib calls the gzip format
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -197,7 +199,8 @@ class Transport:
         left = asyncio.all_tasks() - {asyncio.current_task()}
         for task in left:
             task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        # Without a thread, that exception may have cut off what would have woken one of them.
+        await asyncio.wait([asyncio.gather(*left, return_exceptions=True)], timeout=_CLOSE_SECONDS)
         await self._session.close()
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
@@ -332,7 +335,13 @@ class Transport:
         Parameters and errors are those of `request`.
         """
         async with self.request(method, url, **options) as answer:
-            return answer.status, answer.headers, b"".join([piece async for piece in answer.body])
+            pieces, size = [], 0
+            async for piece in answer.body:
+                pieces.append(piece)
+                size += len(piece)
+                if size > _MAX_ANSWER_BYTES:
+                    raise RefusedError(f"the answer has more than {_MAX_ANSWER_BYTES} bytes")
+            return answer.status, answer.headers, b"".join(pieces)
 
 
 def _most_requests() -> int:

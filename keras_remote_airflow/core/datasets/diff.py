@@ -10,7 +10,6 @@ from keras_remote_airflow.core.cloud.store import (
     ObjectInfo,
     ObjectStore,
     conflict,
-    first_page,
     how_to_remove,
     list_objects,
 )
@@ -134,7 +133,7 @@ def missing_files(
     objects: Iterable[ObjectInfo] = list_objects(store, key.prefix)
     last_path, is_page = None, verify == "page"
     if is_page:
-        page = first_page(store, key.prefix)
+        page = store.list_page(key.prefix)
         objects = page.objects
         if page.next_token is not None:
             last_path = page.objects[-1].name.removeprefix(key.prefix).encode()

@@ -99,10 +99,9 @@ async def look(store: AsyncReader, key: CacheKey, verify: str = "page") -> Cache
             unsized += info.size is None
         token = page.next_token
         if receipt is None:  # then all that can be seen is whether there is anything
-            is_enough = files > 0
+            is_enough = files > 0 or token is None
         else:
-            is_enough = files > receipt.files or (verify == "page" and bool(page.objects))
-        is_enough = is_enough or token is None
+            is_enough = files > receipt.files or verify == "page" or token is None
     if receipt is None:  # another client's marker
         if not files and key.content_hash != EMPTY_DIRECTORY_HASH:
             _warn_of_eviction("no objects found", key)
