@@ -293,6 +293,19 @@ def test_what_changes_while_the_next_is_downloaded_is_not_replaced(directory, to
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_another_process_may_replace_it_while_it_is_read(directory, tomorrows, tmp_path):
+    dest = tmp_path / "out"
+    materialize(directory, dest, replace=True)
+    others = iter([tomorrows[True]])
+
+    def replace(update):
+        for ref in others:
+            materialize(ref, dest, replace=True)
+
+    materialize(tomorrows[True], dest, replace=True, progress=replace)
+    assert on_disk(dest) == {"train.csv": b"T", "config.json": b"{}"}
+
+
 @pytest.mark.parametrize("moment", ["one step", "two renames"])
 def test_what_changes_in_the_last_moment_is_not_replaced(
     directory, single, tomorrows, tmp_path, moment, monkeypatch

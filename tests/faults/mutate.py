@@ -194,7 +194,7 @@ MUTATIONS = {
     ),
     "last change before an exchange removed": (
         "core/datasets/materialize.py",
-        "tree_state(whole) != seen",
+        "tree_state(whole) != state",
         "False",
         "../core/test_materialize.py",
     ),

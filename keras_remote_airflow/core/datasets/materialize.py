@@ -192,7 +192,14 @@ class _Job:
                     f"destination is a directory, but the data is a single file: {final}, "
                     f"{ref.gcs_uri}. Remove the directory, or choose another dest."
                 )
-        if not self._is_whole(final) and self._fetch(final):
+        seen = _identity(final)
+        try:
+            is_whole = self._is_whole(final)
+        except (InvalidInputError, DataChangedError):
+            if _identity(final) == seen:
+                raise
+            is_whole = False  # another process has replaced it while it was read
+        if not is_whole and self._fetch(final, seen):
             return final
         _log.info("Reusing what is there: %s holds %s", printable(final), ref.gcs_uri)
         return final
@@ -253,13 +260,15 @@ class _Job:
                 return problem or f"{os.fsdecode(folders[0])} is {kind} directory", ""
         return problem, snapshot.content_hash
 
-    def _fetch(self, final: str) -> bool:
-        """Download the data to `final`; return False if another process has done it meanwhile."""
+    def _fetch(self, final: str, seen: object) -> bool:
+        """Download the data to `final`; return False if another process has done it meanwhile.
+
+        `seen` is the identity of what was there, and was compared.
+        """
         from keras_remote_airflow.core.disk.hashing import take_snapshot
 
-        seen = tree_state(final)
         with self._partial_directory(final) as partial:
-            if tree_state(final) != seen and self._is_whole(final):
+            if _identity(final) != seen and self._is_whole(final):
                 return False
             source = self.source
             if self.cache is not None:
@@ -286,12 +295,12 @@ class _Job:
                 )
             write_record(whole, final, snapshot.content_hash, beside=self.replace)
             if not put(whole, final):
-                seen = tree_state(final)
+                state = tree_state(final)
                 if self.cache is None and self._is_whole(final):
                     return False
                 exchange(whole, final)
                 try:
-                    if self.cache is None and tree_state(whole) != seen:
+                    if self.cache is None and tree_state(whole) != state:
                         raise _not_ours(final, "it was changed in the last moment")
                 except BaseException:
                     exchange(whole, final)
@@ -365,6 +374,15 @@ def find_ref(store: ObjectStore, gcs_uri: str) -> DataRef:
         f"found no dataset at {gcs_uri}: it has no marker. Check the URI; if a lifecycle rule "
         "deleted the dataset, have the data uploaded again."
     )
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Return what changes when something else is put at `path`, or into it."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def _not_ours(final: str, reason: str) -> InvalidInputError:

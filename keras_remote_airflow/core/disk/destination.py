@@ -289,10 +289,7 @@ def tree_state(path: str) -> int:
 
     That the directory or file itself is renamed does not change it.
     """
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return 0
+    found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode):
         return hash((found.st_ino, found.st_size, found.st_mtime_ns))
     state = hash(found.st_ino)
@@ -310,7 +307,9 @@ def tree_state(path: str) -> int:
 
 def _take_mode(folder: str, model: str) -> None:
     # A directory that its owner may not write cannot be renamed into another one.
-    os.chmod(folder, stat.S_IMODE(os.lstat(model).st_mode) | stat.S_IWUSR)
+    mode = stat.S_IMODE(os.lstat(model).st_mode) | stat.S_IWUSR
+    if stat.S_IMODE(os.lstat(folder).st_mode) != mode:
+        os.chmod(folder, mode)
 
 
 def _short_name(final: str) -> str:
