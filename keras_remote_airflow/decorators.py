@@ -20,7 +20,7 @@ from keras_remote_airflow._compat import (
 )
 from keras_remote_airflow.arguments import rendered_or_none, to_template
 from keras_remote_airflow.connection import connect
-from keras_remote_airflow.core.disk.destination import locked, partial_name, sweep
+from keras_remote_airflow.core.disk.partial import locked, partial_name, sweep
 from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.layout import cache_key_from_uri
 from keras_remote_airflow.core.refs import DataRef, is_data_ref, parse_data_ref

@@ -13,7 +13,7 @@ import pytest
 
 from keras_remote_airflow import Data, upload_data
 from keras_remote_airflow._compat import SIGTERM_RAISES, AirflowFailException
-from keras_remote_airflow.core.disk.destination import partial_name
+from keras_remote_airflow.core.disk.partial import partial_name
 from keras_remote_airflow.core.refs import make_data_ref, parse_data_ref
 from keras_remote_airflow.decorators import LocalDataOperator, PathsForRefs, local_data_task
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from keras_remote_airflow.core.disk.cache import hold, make_room, open_cache
-from keras_remote_airflow.core.disk.destination import partial_name
+from keras_remote_airflow.core.disk.partial import partial_name
 from keras_remote_airflow.core.errors import InvalidInputError
 
 from .conftest import needs_flock

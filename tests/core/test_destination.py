@@ -15,13 +15,10 @@ from keras_remote_airflow.core.disk.destination import (
     exchange,
     is_mount_point,
     is_taken,
-    locked,
-    partial_name,
     put,
-    read_records,
-    sweep,
-    write_record,
 )
+from keras_remote_airflow.core.disk.partial import locked, partial_name, sweep
+from keras_remote_airflow.core.disk.record import read_records, write_record
 from keras_remote_airflow.core.errors import InvalidInputError
 
 from .conftest import needs_flock

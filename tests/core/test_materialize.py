@@ -19,8 +19,8 @@ from keras_remote_airflow.core.cloud.store import Page, list_objects
 from keras_remote_airflow.core.datasets.materialize import download
 from keras_remote_airflow.core.datasets.remote import RemoteData
 from keras_remote_airflow.core.datasets.upload import upload
-from keras_remote_airflow.core.disk.destination import partial_name
 from keras_remote_airflow.core.disk.hashing import take_snapshot
+from keras_remote_airflow.core.disk.partial import partial_name
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, StoreError
 from keras_remote_airflow.core.layout import CacheKey, LayoutName, get_layout
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref

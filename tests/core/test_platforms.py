@@ -32,7 +32,8 @@ def test_files_are_hashed_and_a_destination_filled_without_what_only_linux_has(t
     root = tree({"a": "1", "sub/b": bytes(300_000)})
     script = """
 import fcntl, os, sys
-from keras_remote_airflow.core.disk.destination import locked, partial_name, put
+from keras_remote_airflow.core.disk.destination import put
+from keras_remote_airflow.core.disk.partial import locked, partial_name
 from keras_remote_airflow.core.disk.hashing import take_snapshot
 assert not any(map(hasattr, (os, os, fcntl), ("O_PATH", "sched_getaffinity", "flock")))
 root, index, dest = sys.argv[1:]

@@ -97,13 +97,13 @@ MUTATIONS = {
         "test_read_back.py",
     ),
     "leftovers not swept": (
-        "core/disk/destination.py",
+        "core/disk/partial.py",
         "        for name in os.listdir(directory):\n",
         "        for name in ():\n",
         "test_read_back.py",
     ),
     "no lock": (
-        "core/disk/destination.py",
+        "core/disk/partial.py",
         "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "pass",
         "test_read_back.py",
@@ -181,7 +181,7 @@ MUTATIONS = {
         "test_bounds.py::test_few_descriptors_slow_a_round_trip_down_and_do_not_end_it",
     ),
     "another user's directory used": (
-        "core/disk/destination.py",
+        "core/disk/partial.py",
         "not (is_new or _is_private(descriptor)):",
         "False:",
         "../core/test_destination.py",

@@ -26,7 +26,7 @@ from faultkit import (
 )
 
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
-from keras_remote_airflow.core.disk.destination import partial_name
+from keras_remote_airflow.core.disk.partial import partial_name
 from keras_remote_airflow.core.errors import IntegrityError, InvalidInputError, KerasRemoteError
 from keras_remote_airflow.testing import Fault, StorageServer
 

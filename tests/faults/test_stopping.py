@@ -28,7 +28,7 @@ from faultkit import (
 
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.transport import Transport
-from keras_remote_airflow.core.disk.destination import partial_name
+from keras_remote_airflow.core.disk.partial import partial_name
 from keras_remote_airflow.testing import Fault, StorageServer
 
 pytestmark = pytest.mark.slow  # kills processes

@@ -3,7 +3,7 @@
 Objects are downloaded into a directory beside the destination, each checked against its size and
 CRC32C. Then the files are hashed from the disk, and the directory is renamed into place only if
 they are what the ref names. Readers of the destination see either nothing or the complete dataset.
-`core.disk.destination` tells how processes with the same destination wait for each other.
+`core.disk.partial` tells how processes with the same destination wait for each other.
 """
 
 import functools
@@ -26,13 +26,10 @@ from keras_remote_airflow.core.disk.destination import (
     exchange,
     is_around_cwd,
     is_taken,
-    locked,
-    partial_name,
     put,
-    read_records,
-    tree_state,
-    write_record,
 )
+from keras_remote_airflow.core.disk.partial import locked, partial_name
+from keras_remote_airflow.core.disk.record import read_records, tree_state, write_record
 from keras_remote_airflow.core.disk.tree import system_path
 from keras_remote_airflow.core.errors import (
     DataChangedError,

@@ -24,13 +24,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 
-from keras_remote_airflow.core.disk.destination import (
-    absolute_directory,
-    is_at,
-    locked,
-    partial_name,
-    sweep,
-)
+from keras_remote_airflow.core.disk.destination import absolute_directory
+from keras_remote_airflow.core.disk.partial import is_at, locked, partial_name, sweep
 from keras_remote_airflow.core.disk.tree import TOO_MANY_OPEN, patiently
 from keras_remote_airflow.core.errors import InvalidInputError, printable
 from keras_remote_airflow.core.progress import format_bytes
