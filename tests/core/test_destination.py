@@ -13,7 +13,7 @@ import pytest
 from keras_remote_airflow.core.disk.destination import (
     check_dest,
     exchange,
-    is_mount_point,
+    holds_mount_point,
     is_taken,
     put,
 )
@@ -364,12 +364,14 @@ def test_mount_of_a_directory_of_the_same_file_system_is_noticed(tmp_path):
     source, place = tmp_path / "source", tmp_path / "a place\\ here"
     for folder in (source, place):
         folder.mkdir()
-    assert not is_mount_point(str(place))
+    assert not holds_mount_point(str(place))
     mount = ["mount", "--bind", str(source), str(place)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("needs the right to mount")
     try:
-        assert is_mount_point(str(place))
+        assert holds_mount_point(str(place))
+        assert holds_mount_point(str(tmp_path))
+        assert not holds_mount_point(str(source))
         assert not os.path.ismount(place), "else this test shows nothing"
     finally:
         subprocess.run(["umount", str(place)], check=True)

@@ -386,6 +386,16 @@ def test_dest_in_a_closed_directory_is_refused_and_the_directory_named(directory
             materialize(directory, ref_dest)
 
 
+def test_changed_copy_of_another_user_is_named_as_such(directory, as_another_user):
+    cache = as_another_user / "cache"
+    copy = materialize(directory, cache_dir=cache)
+    cache.chmod(0o1777)
+    pathlib.Path(copy, "extra").touch()
+    os.seteuid(1000)
+    with pytest.raises(PermissionError, match=f"another user's.*{copy}"):
+        materialize(directory, cache_dir=cache)
+
+
 def test_what_is_whole_is_used_without_a_write(directory, single, as_another_user):
     dest = as_another_user / "shared"
     cache = as_another_user / "cache"

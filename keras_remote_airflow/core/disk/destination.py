@@ -85,15 +85,15 @@ def check_replaceable(path: str) -> None:
             "destination is the current directory, or contains it, and cannot be replaced as a "
             f"whole: {path}. Choose a directory inside it."
         )
-    if is_mount_point(path):
+    if holds_mount_point(path):
         raise InvalidInputError(
-            f"destination is a mount point, which cannot be replaced as a whole: {path}. Choose a "
-            "directory inside it."
+            "destination is a mount point, or contains one, and cannot be replaced as a whole: "
+            f"{path}. Choose a directory inside it."
         )
 
 
-def is_mount_point(path: str) -> bool:
-    """Return whether a file system, or a directory of one, is mounted at `path`."""
+def holds_mount_point(path: str) -> bool:
+    """Return whether a file system, or a directory of one, is mounted at `path` or below it."""
     if os.path.ismount(path):
         return True
     try:  # `ismount` misses a directory that is mounted elsewhere in its own file system
@@ -104,7 +104,7 @@ def is_mount_point(path: str) -> bool:
     escaped = os.fsencode(os.path.realpath(path))
     for character in b"\\ \t\n":
         escaped = escaped.replace(bytes([character]), b"\\%03o" % character)
-    return escaped in places
+    return any((place + b"/").startswith(escaped + b"/") for place in places)
 
 
 def denied(path: str, error: OSError) -> Exception:
@@ -134,8 +134,8 @@ def put(source: str, final: str) -> bool:
             return True
     try:
         os.rename(source, final)
-    except OSError as exc:
-        if exc.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+    except OSError:
+        if is_taken(final):
             return False
         raise
     return True
@@ -168,8 +168,8 @@ def exchange(source: str, final: str) -> None:
     except OSError as exc:
         raise OSError(
             exc.errno,
-            f"destination cannot be replaced ({exc.strerror}; is it part of a container's image?). "
-            "Choose a directory on a volume, or a path that is not there",
+            f"destination cannot be replaced ({exc.strerror}; is it part of a container's image, "
+            "or another user's?). Choose a directory on a volume, or a path that is not there",
             final,
         ) from exc
 
