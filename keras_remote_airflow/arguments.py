@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from keras_remote_airflow.core.data import path_text
@@ -40,16 +40,16 @@ def rendered_or_none(name: str, value: Any) -> str | None:
     Raises:
         InvalidInputError: it is neither text nor a whole number.
     """
-    if value is None or value in ("", "None"):
-        return None
     if isinstance(value, str):
-        return value
+        return None if value in ("", "None") else value
+    if value is None:
+        return None
     if type(value) is int:
         return str(value)
     refuse_several(name, value)
     raise InvalidInputError(
-        f"{name} is {value!r}, a {type(value).__name__}; expected text. If a template rendered it, "
-        "see render_template_as_native_obj of the DAG."
+        f"{name} is a {type(value).__name__}, expected text: {value!r:.200}. If a template "
+        "rendered it, see render_template_as_native_obj of the DAG."
     )
 
 
@@ -63,11 +63,19 @@ def rendered(name: str, value: Any) -> str:
     return text
 
 
+def rendered_chain(value: Any) -> str | list[str] | None:
+    """Return what `rendered_or_none` returns for an `impersonation_chain`, which may be a list."""
+    name = "impersonation_chain"
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [rendered(name, account) for account in value]
+    return rendered_or_none(name, value)
+
+
 def check_mount_path(layout: Any, mount_path: Any) -> None:
     """Raise InvalidInputError for a mount path in a ref of layout "kinetic"."""
     if layout == KINETIC.name and mount_path:
         raise InvalidInputError(
-            "layout='kinetic' takes no mount_path: keras-kinetic's runner would return it without "
+            "mount_path with layout='kinetic': keras-kinetic's runner returns it without "
             f"downloading anything. Leave out mount_path={mount_path!r}; where it is needed, "
             "gcsfuse_pod_kwargs and materialize_pod_kwargs take it themselves."
         )

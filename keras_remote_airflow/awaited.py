@@ -29,6 +29,7 @@ class AwaitedDataset:
         verify: how much of the listing to look at: "page" (the first 1,000 objects) or "full".
         gcp_conn_id, impersonation_chain, user_project: see `connection`.
         policy: when a look is given up. That takes seconds, because sensor and trigger look again.
+        connect_seconds: how long a trigger waits for the connection.
 
     Raises:
         InvalidInputError: the cache entry cannot exist, because one of its four parts is malformed;
@@ -47,6 +48,7 @@ class AwaitedDataset:
     user_project: str | None = None
 
     policy: ClassVar = RetryPolicy(deadline=5.0, maximum=2.0, stall_timeout=10.0)
+    connect_seconds: ClassVar = 60.0
 
     def __post_init__(self) -> None:
         from keras_remote_airflow.core.datasets.lookup import check_verify

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from keras_remote_airflow._compat import make_gcs_hook
-from keras_remote_airflow.arguments import rendered, rendered_or_none
+from keras_remote_airflow.arguments import rendered, rendered_chain
 
 if TYPE_CHECKING:
     from google.cloud.storage import Client
@@ -35,11 +35,9 @@ def connect(gcp_conn_id: str, impersonation_chain: str | Sequence[str] | None) -
 
     from keras_remote_airflow.core.cloud.credentials import credentials_error
 
-    chain = impersonation_chain
-    if not isinstance(chain, Sequence) or isinstance(chain, str):
-        chain = rendered_or_none("impersonation_chain", chain)
     hook = make_gcs_hook(
-        gcp_conn_id=rendered("gcp_conn_id", gcp_conn_id), impersonation_chain=chain
+        gcp_conn_id=rendered("gcp_conn_id", gcp_conn_id),
+        impersonation_chain=rendered_chain(impersonation_chain),
     )
     try:
         return hook.get_conn()

@@ -147,13 +147,13 @@ class DataUploadOperator(BaseOperator):
         self.on_cache_hit = on_cache_hit
         if on_cache_hit not in get_args(OnCacheHit):
             raise InvalidInputError(
-                f"DataUploadOperator task {self.task_id!r}: unknown on_cache_hit "
-                f"{on_cache_hit!r}: expected one of {list(get_args(OnCacheHit))}"
+                f"unknown on_cache_hit {on_cache_hit!r}: expected one of "
+                f"{list(get_args(OnCacheHit))} (DataUploadOperator task {self.task_id!r})"
             )
         if type(allow_empty) is not bool or type(min_files) is not int:
             raise InvalidInputError(
-                f"DataUploadOperator task {self.task_id!r}: allow_empty is {allow_empty!r} and "
-                f"min_files {min_files!r}: expected a bool and an int, these are not templated"
+                f"allow_empty is {allow_empty!r} and min_files {min_files!r}: expected a bool and "
+                f"an int, these are not templated (DataUploadOperator task {self.task_id!r})"
             )
         check_mount_path(layout, mount_path)
 

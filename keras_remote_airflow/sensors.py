@@ -22,6 +22,7 @@ from keras_remote_airflow._compat import (
 from keras_remote_airflow.arguments import (
     check_mount_path,
     rendered,
+    rendered_chain,
     rendered_or_none,
     to_template,
 )
@@ -270,7 +271,6 @@ class CacheSensor(BaseSensorOperator):
             else:
                 content_hash, is_dir = rendered("content_hash", self.content_hash), self.is_dir
             key = CacheKey(bucket, namespace, content_hash, get_layout(layout))
-        chain = self.impersonation_chain
         return AwaitedDataset(
             key.bucket,
             key.content_hash,
@@ -280,7 +280,7 @@ class CacheSensor(BaseSensorOperator):
             mount_path,
             rendered("verify", self.verify),
             rendered("gcp_conn_id", self.gcp_conn_id),
-            chain if isinstance(chain, str | None) else list(chain),
+            rendered_chain(self.impersonation_chain),
             rendered_or_none("user_project", self.user_project),
         )
 
@@ -295,8 +295,8 @@ class CacheSensor(BaseSensorOperator):
             ("bucket_name", None, key.bucket),
             ("namespace_prefix", _DEFAULT_NAMESPACE, key.namespace),
         ):
-            given = getattr(self, name)
-            if given not in (default, found):
+            given = rendered_or_none(name, getattr(self, name))
+            if given not in (None, default, found):
                 raise self._wrong(
                     f"{name} is {given!r}, but data_ref names {ref.gcs_uri}: leave it out"
                 )
@@ -308,8 +308,8 @@ class CacheSensor(BaseSensorOperator):
         data = self.data if isinstance(self.data, Data) else Data(rendered("data", self.data))
         if data.is_gcs:
             raise self._wrong(
-                f"data is {data.path}: only local data has a hash to wait for. Wait for its "
-                "objects with Google's own sensors"
+                "only local data has a hash to wait for. Wait for objects with Google's own "
+                f"sensors. Found data={data.path}"
             )
         content_hash = data.content_hash(rendered_or_none("hash_index", self.hash_index))
         self.log.info("Hashed to %s: %s", content_hash, printable(data.path))
@@ -326,4 +326,4 @@ class CacheSensor(BaseSensorOperator):
             raise self._wrong(f"bucket_name must be given with {given[0]}")
 
     def _wrong(self, what: str) -> InvalidInputError:
-        return InvalidInputError(f"CacheSensor task {self.task_id!r}: {what}")
+        return InvalidInputError(f"{what} (CacheSensor task {self.task_id!r})")

@@ -7,13 +7,13 @@ these: requests run on the transport's own loop, and a connection is fetched in 
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from keras_remote_airflow.awaited import AwaitedDataset
 from keras_remote_airflow.connection import connect
-from keras_remote_airflow.core.cloud.policy import RetryPolicy
 
 if TYPE_CHECKING:
     from google.cloud.storage import Client
@@ -40,30 +40,27 @@ _shared: dict[tuple[Any, ...], _Shared] = {}
 
 
 @asynccontextmanager
-async def shared_transport(
-    gcp_conn_id: str,
-    impersonation_chain: str | Sequence[str] | None,
-    user_project: str | None,
-    policy: RetryPolicy,
-) -> AsyncIterator["Transport"]:
-    """Own a share of the transport for a connection; the last owner closes it.
+async def shared_transport(awaited: AwaitedDataset) -> AsyncIterator["Transport"]:
+    """Own a share of the transport for a dataset's connection; the last owner closes it.
 
     An error that leaves the context, such as a refusal, ends the sharing: the connection is fetched
     anew for those that come after it, because it may have been corrected.
 
-    Args:
-        gcp_conn_id, impersonation_chain, user_project: see `connection`.
-        policy: when to retry; the one of the first owner holds for all.
+    Raises:
+        TimeoutError: the connection did not come within `awaited.connect_seconds`.
     """
-    key = asyncio.get_running_loop(), gcp_conn_id, str(impersonation_chain), user_project
+    chain = str(awaited.impersonation_chain)
+    key = asyncio.get_running_loop(), awaited.gcp_conn_id, chain, awaited.user_project
     shared = _shared.get(key)
     if shared is None:
-        opening = _open(gcp_conn_id, impersonation_chain, user_project, policy)
-        shared = _shared[key] = _Shared(asyncio.create_task(opening))
+        shared = _shared[key] = _Shared(asyncio.create_task(_open(awaited)))
     shared.users += 1
     is_over = False
     try:
-        yield await asyncio.shield(shared.opening)
+        # What never comes must not be waited for by all triggers that begin later, too.
+        async with asyncio.timeout(awaited.connect_seconds):
+            transport = await asyncio.shield(shared.opening)
+        yield transport
     except Exception:
         is_over = True
         raise
@@ -75,25 +72,20 @@ async def shared_transport(
             shared.close()
 
 
-async def _open(
-    gcp_conn_id: str,
-    impersonation_chain: str | Sequence[str] | None,
-    user_project: str | None,
-    policy: RetryPolicy,
-) -> "Transport":
+async def _open(awaited: AwaitedDataset) -> "Transport":
     from asgiref.sync import sync_to_async  # comes with Airflow
 
     def fetch() -> "tuple[Client, type[Transport]]":
         from keras_remote_airflow.core.cloud.transport import Transport  # its import takes a while
 
-        return connect(gcp_conn_id, impersonation_chain), Transport
+        return connect(awaited.gcp_conn_id, awaited.impersonation_chain), Transport
 
     # Not asyncio.to_thread: before Airflow 3.2 a connection in its database can be fetched only
     # from a thread of which asgiref knows the event loop.
     executor: Any = _NewThreads()  # the annotation asks for a ThreadPoolExecutor; any will do
     fetching = sync_to_async(fetch, thread_sensitive=False, executor=executor)
     client, transport_class = await fetching()
-    return transport_class(client, policy, user_project).__enter__()
+    return transport_class(client, awaited.policy, awaited.user_project).__enter__()
 
 
 class _NewThreads(Executor):

@@ -108,23 +108,17 @@ class CacheTrigger(BaseTrigger):
         return {"status": "timeout", "message": f"no dataset appeared at {uri}"}
 
     async def _connect(self, stack: AsyncExitStack) -> "Transport":
-        awaited = self.awaited
         for attempt in itertools.count(1):
             try:
-                return await stack.enter_async_context(
-                    shared_transport(
-                        awaited.gcp_conn_id,
-                        awaited.impersonation_chain,
-                        awaited.user_project,
-                        awaited.policy,
-                    )
-                )
+                return await stack.enter_async_context(shared_transport(self.awaited))
             except Exception as exc:
                 is_last = attempt >= _CONNECT_ATTEMPTS and not is_outage(exc)
                 if is_last or time.time() >= self.deadline:
                     raise
                 self.log.warning(
-                    "Could not get connection %s, will try again: %r", awaited.gcp_conn_id, exc
+                    "Could not get a connection, will try again: %r (%s)",
+                    exc,
+                    self.awaited.gcp_conn_id,
                 )
             await self._pause(self.poke_interval)
         raise AssertionError("count() does not end")

@@ -359,6 +359,25 @@ def test_a_fetch_that_never_ends_holds_up_no_other_trigger(
         ends.set()
 
 
+def test_a_fetch_that_never_ends_holds_up_no_later_try(published, monkeypatch):
+    run(trigger())  # the first connection imports the google provider, which takes a while
+    begun, ends = [], threading.Event()
+
+    def stuck_at_first(**arguments):
+        begun.append(arguments)
+        if len(begun) == 1:
+            ends.wait(60)
+        return make_gcs_hook(**arguments)
+
+    monkeypatch.setattr(connection, "make_gcs_hook", stuck_at_first)
+    monkeypatch.setattr(AwaitedDataset, "connect_seconds", 0.2)
+    try:
+        assert run(trigger())["status"] == "found"
+        assert len(begun) == 2
+    finally:
+        ends.set()
+
+
 def test_the_last_look_ends_whether_or_not_there_is_an_answer(published, gcs_server, impatient):
     gcs_server.add_fault(Fault(path=MARKER, times=0, action="stall"))
     assert run(trigger(seconds=-1))["status"] == "timeout"
