@@ -16,7 +16,7 @@ import pytest
 from keras_remote_airflow import make_data_ref, materialize
 from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.cloud.store import Page, list_objects
-from keras_remote_airflow.core.datasets.materialize import download
+from keras_remote_airflow.core.datasets.download import download
 from keras_remote_airflow.core.datasets.remote import RemoteData
 from keras_remote_airflow.core.datasets.upload import upload
 from keras_remote_airflow.core.disk.hashing import take_snapshot

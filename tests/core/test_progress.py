@@ -10,7 +10,7 @@ from keras_remote_airflow import Data, make_data_ref, materialize, upload_data
 from keras_remote_airflow.core import progress as module
 from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.cloud.store import ignore_moved
-from keras_remote_airflow.core.datasets.materialize import download
+from keras_remote_airflow.core.datasets.download import download
 from keras_remote_airflow.core.datasets.remote import RemoteData
 from keras_remote_airflow.core.datasets.upload import publish, upload
 from keras_remote_airflow.core.disk.hashing import take_snapshot

@@ -9,16 +9,16 @@ they are what the ref names. Readers of the destination see either nothing or th
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
-from keras_remote_airflow.core.cloud.store import ObjectInfo, ObjectStore, ObjectToFetch
-from keras_remote_airflow.core.datasets.remote import RemoteData
+from keras_remote_airflow.core.cloud.store import ObjectStore
+from keras_remote_airflow.core.datasets.download import download
+from keras_remote_airflow.core.datasets.remote import RemoteData, find_ref
 from keras_remote_airflow.core.disk.cache import hold, make_room, open_cache
 from keras_remote_airflow.core.disk.destination import (
     check_dest,
@@ -37,15 +37,7 @@ from keras_remote_airflow.core.errors import (
     InvalidInputError,
     printable,
 )
-from keras_remote_airflow.core.layout import (
-    KERAS_REMOTE,
-    KINETIC,
-    cache_key_from_uri,
-    check_relative_paths,
-    parse_marker,
-)
 from keras_remote_airflow.core.progress import (
-    Progress,
     ProgressCallback,
     format_bytes,
     format_files,
@@ -53,8 +45,6 @@ from keras_remote_airflow.core.progress import (
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref
 
 _log = logging.getLogger(__name__)
-# Objects that are listed before they are downloaded. It bounds memory for datasets of any size.
-BATCH_OBJECTS = 10_000
 
 
 def materialize(
@@ -342,37 +332,6 @@ class _Job:
             yield partial
 
 
-def find_ref(store: ObjectStore, gcs_uri: str) -> DataRef:
-    """Return the ref of the dataset at a URI, as its marker tells it.
-
-    Raises:
-        IntegrityError: there is no marker.
-        InvalidInputError: neither the marker nor the names of the objects tell whether the dataset
-            is a directory.
-    """
-    for layout in (KERAS_REMOTE, KINETIC):
-        key = cache_key_from_uri(gcs_uri, layout)
-        body = store.read(key.marker_name) if key else None
-        if key is None or body is None:
-            continue
-        receipt = parse_marker(body, key)
-        if receipt is not None:
-            return DataRef(gcs_uri, receipt.is_dir, None, layout)
-        # Another client's marker says nothing. A single file is one object, and not in a folder.
-        directory = RemoteData(store, DataRef(gcs_uri, True, None, layout))
-        names = [path for path, _ in islice(directory.objects(), 2)]
-        if len(names) == 1 and b"/" not in names[0]:
-            raise InvalidInputError(
-                f"the marker does not say whether this is a directory or a file: {gcs_uri}. Pass "
-                "a ref, made with make_data_ref(uri, is_dir)."
-            )
-        return directory.ref
-    raise IntegrityError(
-        f"found no dataset at {gcs_uri}: it has no marker. Check the URI; if a lifecycle rule "
-        "deleted the dataset, have the data uploaded again."
-    )
-
-
 def _identity(path: str) -> tuple[int, int] | None:
     """Return what changes when something else is put at `path`, or into it."""
     try:
@@ -387,50 +346,3 @@ def _not_ours(final: str, reason: str) -> InvalidInputError:
         f"destination is not what materialize put there ({reason}), so it is not replaced: "
         f"{final}. Choose another dest, or remove it."
     )
-
-
-def download(
-    source: RemoteData,
-    folder: str,
-    progress: ProgressCallback | None = None,
-    batch_objects: int = BATCH_OBJECTS,
-) -> Progress:
-    """Download the objects into `folder`, which is empty; return what was downloaded.
-
-    Raises:
-        InvalidInputError: the name of an object leads out of the folder, or no file can have it.
-        IntegrityError: two names cannot be files of one folder, or bytes disagree with a checksum.
-    """
-    made = {folder}
-
-    def files(batch: Iterable[tuple[bytes, ObjectInfo]]) -> Iterator[ObjectToFetch]:
-        for relative, info in batch:
-            check_relative_paths([relative], "")
-            path = os.path.join(folder, os.fsdecode(relative))
-            parent = os.path.dirname(path)
-            if parent not in made:
-                os.makedirs(parent, exist_ok=True)
-                made.add(parent)
-            yield ObjectToFetch(info, path)
-
-    def done(file: ObjectToFetch) -> None:
-        received.add(1, file.info.size or 0)
-
-    objects = source.objects()
-    with Progress(_log, "Downloading", source.ref.gcs_uri, progress) as received:
-        while batch := list(islice(objects, batch_objects)):
-            if not received.files:
-                if len(batch) < batch_objects:  # the first batch is the last one, too
-                    received.expect(len(batch), sum(info.size or 0 for _, info in batch))
-                elif receipt := source.receipt():
-                    received.expect(receipt.files, receipt.total_bytes)
-            try:
-                source.store.download(files(batch), done, received.move)
-            except (FileExistsError, NotADirectoryError) as exc:
-                # The folder was empty: two object names claim one place, as "a" and "a/b" do.
-                place = os.path.relpath(exc.filename, folder)
-                raise IntegrityError(
-                    f"the data cannot be a directory: one object is {place}, another is below "
-                    f"{place}/: {source.ref.gcs_uri}. Remove the one that does not belong there."
-                ) from exc
-    return received

@@ -25,8 +25,11 @@ from keras_remote_airflow.core.errors import (
     KerasRemoteError,
 )
 from keras_remote_airflow.core.layout import (
+    KERAS_REMOTE,
+    KINETIC,
     RESERVED_NAME,
     Receipt,
+    cache_key_from_uri,
     check_relative_paths,
     parse_marker,
 )
@@ -210,3 +213,34 @@ class RemoteData:
                 yield f"{file.path} was added or replaced by something else"
             elif attached and info.digest != file.digest.hex():
                 yield f"{file.path} is not the file that was hashed"
+
+
+def find_ref(store: ObjectStore, gcs_uri: str) -> DataRef:
+    """Return the ref of the dataset at a URI, as its marker tells it.
+
+    Raises:
+        IntegrityError: there is no marker.
+        InvalidInputError: neither the marker nor the names of the objects tell whether the dataset
+            is a directory.
+    """
+    for layout in (KERAS_REMOTE, KINETIC):
+        key = cache_key_from_uri(gcs_uri, layout)
+        body = store.read(key.marker_name) if key else None
+        if key is None or body is None:
+            continue
+        receipt = parse_marker(body, key)
+        if receipt is not None:
+            return DataRef(gcs_uri, receipt.is_dir, None, layout)
+        # Another client's marker says nothing. A single file is one object, and not in a folder.
+        directory = RemoteData(store, DataRef(gcs_uri, True, None, layout))
+        names = [path for path, _ in islice(directory.objects(), 2)]
+        if len(names) == 1 and b"/" not in names[0]:
+            raise InvalidInputError(
+                f"the marker does not say whether this is a directory or a file: {gcs_uri}. Pass "
+                "a ref, made with make_data_ref(uri, is_dir)."
+            )
+        return directory.ref
+    raise IntegrityError(
+        f"found no dataset at {gcs_uri}: it has no marker. Check the URI; if a lifecycle rule "
+        "deleted the dataset, have the data uploaded again."
+    )
