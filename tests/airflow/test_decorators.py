@@ -179,6 +179,7 @@ def test_a_cache_keeps_what_was_used_last(call, gcs_server, tmp_path, uploaded):
     cache = tmp_path / "cache"
     (cache / ("0" * 64)).mkdir(parents=True)
     (cache / ("0" * 64) / "old").write_bytes(b"123")
+    (cache / f".keras-remote-{'0' * 64}.use").touch()
     path, temporary = call(task(lambda path: path, uploaded, cache_dir=cache, cache_max_bytes=4))
     copies = [entry.name for entry in cache.iterdir() if not entry.name.startswith(".")]
     assert (copies, temporary) == ([Path(path).name], [])

@@ -135,13 +135,15 @@ def test_what_killed_processes_left_goes_and_other_files_stay(cache):
     (cache / partial_name("1" * 64)).mkdir(0o700)
     (cache / partial_name("1" * 64) / "data").mkdir()
     (cache / "mine").mkdir()
+    (cache / ("0" * 64)).mkdir()
+    (cache / ("0" * 64) / "of another program").write_bytes(bytes(5000))
     (cache / ("4" * 64)).write_bytes(bytes(5000))
     (cache / ("5" * 64)).symlink_to(cache / "mine")
     make_room(str(cache), None)
-    assert copies(cache) == "12345"
+    assert copies(cache) == "012345"
     assert not list(cache.glob("*.partial"))
     make_room(str(cache), 0)
-    assert sorted(os.listdir(cache)) == ["4" * 64, "5" * 64, "mine"]
+    assert sorted(os.listdir(cache)) == ["0" * 64, "4" * 64, "5" * 64, "mine"]
 
 
 @pytest.mark.parametrize("without", ["flock", "locks"])

@@ -425,6 +425,7 @@ def test_copies_that_no_process_uses_make_room(directory, single, tmp_path):
     cache = tmp_path / "cache"
     old = cache / ("0" * 64)
     old.mkdir(parents=True)
+    (cache / f".keras-remote-{old.name}.use").touch()
     (old / "file").write_bytes(bytes(500_000))
     kept = materialize(directory, cache_dir=cache)
     assert old.exists()
@@ -439,6 +440,7 @@ def test_copies_that_no_process_uses_make_room(directory, single, tmp_path):
 def test_room_is_made_before_the_download(directory, tmp_path):
     old = tmp_path / ("0" * 64)
     old.mkdir()
+    (tmp_path / f".keras-remote-{old.name}.use").touch()
     (old / "file").write_bytes(bytes(500_000))
     seen = []
 

@@ -104,11 +104,16 @@ def make_room(cache: str, max_bytes: int | None, needed_bytes: int = 0) -> None:
 
 
 def _find_copies(cache: str) -> Iterator[tuple[int, str, int]]:
-    """Yield last use, path and size of each copy."""
+    """Yield last use, path and size of each copy.
+
+    A directory without the file that says when it was used is not ours: other programs name theirs
+    by hashes, too.
+    """
     for entry in os.scandir(cache):
         if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-            with suppress(FileNotFoundError):  # removed meanwhile
-                yield _last_use(entry.path), entry.path, _size(entry.path)
+            with suppress(FileNotFoundError):  # or it was removed meanwhile
+                last_use = os.stat(_use_file(entry.path)).st_mtime_ns
+                yield last_use, entry.path, _size(entry.path)
 
 
 def _remove(copy: str) -> bool:
@@ -158,13 +163,6 @@ def _open(path: str, flags: int) -> int:
 def _use_file(copy: str) -> str:
     folder, name = os.path.split(copy)
     return os.path.join(folder, f".keras-remote-{name}.use")
-
-
-def _last_use(copy: str) -> int:
-    try:
-        return os.stat(_use_file(copy)).st_mtime_ns
-    except FileNotFoundError:
-        return os.stat(copy).st_mtime_ns
 
 
 def _size(copy: str) -> int:
