@@ -696,5 +696,5 @@ def test_authorities_that_cannot_be_read_are_named(problem, tmp_path, monkeypatc
 
         monkeypatch.setattr(os, "stat", dead)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(bundle))
-    with pytest.raises(StoreError, match=f"{bundle}.*{problem}"):
+    with pytest.raises(StoreError, match=f"{problem}.*{bundle}"):
         trusted(f"https://{HOST}")

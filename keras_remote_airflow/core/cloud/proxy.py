@@ -48,8 +48,8 @@ def trusted(*urls: str | None) -> ssl.SSLContext | Literal[True]:
         return _trusting(bundle, stat.S_ISDIR(state.st_mode), state.st_mtime)
     except OSError as exc:
         raise StoreError(
-            f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names {bundle}, which cannot be used as CA "
-            f"certificates ({exc.strerror or exc}). Correct or unset it."
+            f"the CA certificates cannot be used ({exc.strerror or exc}): {bundle}. Correct or "
+            "unset REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE."
         ) from exc
 
 

@@ -188,9 +188,9 @@ def conflict(uri: str, there: ObjectInfo, path: str, size: int, crc32c: int) -> 
     """Return the error for an object that holds other bytes than the file that belongs there."""
     found = "unknown" if there.crc32c is None else encode_crc32c(there.crc32c)
     return ConflictError(
-        f"an object holds other bytes than its file: {there.size} bytes with CRC32C {found}, "
-        f"expected {size} with {encode_crc32c(crc32c)}: {uri}, from {path}. Nothing was "
-        f"overwritten. If the object should not be there, {how_to_remove(uri)}"
+        f"an object holds other bytes: {there.size} (CRC32C {found}), expected {size} "
+        f"({encode_crc32c(crc32c)}): {uri}, from {path}. Nothing was overwritten. If the object "
+        f"should not be there, {how_to_remove(uri)}"
     )
 
 

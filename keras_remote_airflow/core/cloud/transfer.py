@@ -172,16 +172,16 @@ class Sink:
         size = self.size if self._info.size is None else self._info.size
         if (self.size, self._crc32c_of_arrived) == (size, self.crc32c):
             return
-        found = f"{self.size} bytes with CRC32C {encode_crc32c(self._crc32c_of_arrived)}"
-        expected = f"{size} bytes with CRC32C {encode_crc32c(self.crc32c or 0)}"
+        found = f"{self.size} bytes (CRC32C {encode_crc32c(self._crc32c_of_arrived)})"
+        found += f", expected {size} ({encode_crc32c(self.crc32c or 0)})"
         self.restart()
         self._corrupt += 1
         if self._corrupt >= _MAX_CORRUPT:
             raise IntegrityError(
-                f"a download arrived damaged {self._corrupt} times, as {found}; its metadata says "
-                f"{expected}: {self._uri}. Look for what changes data on the way, such as a proxy."
+                f"download damaged {self._corrupt} times: {found}: {self._uri}. Look for what "
+                "changes data on the way, such as a proxy."
             )
-        raise RetryableError(f"arrived as {found}, expected {expected}")
+        raise RetryableError(f"arrived as {found}")
 
 
 def read_whole(file: FileToSend) -> bytes:

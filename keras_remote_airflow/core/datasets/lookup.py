@@ -113,9 +113,8 @@ async def look(store: AsyncReader, key: CacheKey, verify: str = "page") -> Cache
     if files > receipt.files or size > receipt.total_bytes:
         # An upload does not mend this, so a sensor that waits for one must fail instead.
         raise ConflictError(
-            f"the dataset has {files} objects with {size} bytes, more than the {receipt.files} "
-            f"objects with {receipt.total_bytes} bytes in its marker: {key.gcs_uri}. Find out who "
-            "wrote the others, and remove them."
+            f"found {files} objects with {size} bytes, more than the marker's {receipt.files} with "
+            f"{receipt.total_bytes}: {key.gcs_uri}. Find out who wrote the others, and remove them."
         )
     if token is None and (files, size) != expected:
         _warn_of_eviction(
@@ -148,9 +147,9 @@ def lookup(
     known = len(snapshot), snapshot.total_bytes
     if receipt is not None and (receipt.files, receipt.total_bytes) != known:
         raise MarkerError(
-            f"marker says {receipt.files} files with {receipt.total_bytes} bytes, but data of "
-            f"this content hash has {known[0]} files with {known[1]} bytes: {key.marker_uri}. "
-            "Delete that object to have it written anew."
+            f"marker says {receipt.files} files with {receipt.total_bytes} bytes, but the data has "
+            f"{known[0]} with {known[1]}: {key.marker_uri}. Delete that object to have it written "
+            "anew."
         )
     missing = sum(1 for _ in missing_files(store, key, snapshot, verify))
     if missing:
