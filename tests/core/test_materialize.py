@@ -465,6 +465,7 @@ def test_room_is_made_before_the_download(directory, tmp_path):
         ({"dest": ""}, "''"),
         ({"dest": b"out"}, "b'out'"),
         ({"dest": "nul\0byte"}, "nul"),
+        ({"dest": "half\ud800character"}, "half"),
         ({"dest": f"{__file__}/inside"}, f"{__file__}/inside"),
         ({"dest": "."}, "current directory"),
         ({"dest": ".."}, "current directory"),

@@ -29,7 +29,7 @@ def absolute_directory(directory: object, what: str) -> str:
         OSError: the file system does not answer.
     """
     text = os.fspath(directory) if isinstance(directory, str | os.PathLike) else None
-    if not isinstance(text, str) or not text or "\0" in text:
+    if not isinstance(text, str) or not text:
         raise InvalidInputError(
             f"{what} is no path: {directory!r}. Pass the path of a directory; is a template or a "
             "variable empty?"
@@ -39,6 +39,10 @@ def absolute_directory(directory: object, what: str) -> str:
         is_directory = stat.S_ISDIR(os.stat(path).st_mode)
     except FileNotFoundError:
         is_directory = not os.path.islink(path)
+    except ValueError as exc:
+        raise InvalidInputError(
+            f"{what} is no path: {path!r} ({exc}). Pass the path of a directory."
+        ) from exc
     except OSError as exc:
         if exc.errno not in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
             raise denied(path, exc) from exc

@@ -142,7 +142,7 @@ def _open_directory(path: str) -> int | None:
             return None
         if exc.errno in (errno.ENOTDIR, errno.ELOOP):
             raise InvalidInputError(
-                f"{path}, where the download goes first, is a link or a file: remove it"
+                f"a link or a file is where the download goes first, remove it: {path}"
             ) from exc
         raise
 
