@@ -4,12 +4,23 @@
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from keras_remote_airflow.core.data import path_text
 from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.layout import KINETIC
+from keras_remote_airflow.core.refs import is_data_ref
+
+
+@contextmanager
+def names_task_in_errors(task: Any) -> Iterator[None]:
+    """End each InvalidInputError with the task: an error of a DAG file names only the file."""
+    try:
+        yield
+    except InvalidInputError as exc:
+        raise InvalidInputError(f"{exc} ({type(task).__name__} task {task.task_id!r})") from None
 
 
 def to_template(name: str, value: Any) -> Any:
@@ -38,8 +49,15 @@ def rendered_or_none(name: str, value: Any) -> str | None:
     int.
 
     Raises:
-        InvalidInputError: it is neither text nor a whole number.
+        InvalidInputError: it is neither text nor a whole number, or it is a ref or the text of one.
     """
+    if is_data_ref(value) or (isinstance(value, str) and "__data_ref__" in value):
+        advice = (
+            "it is uploaded already. Pass it on to the task that reads it"
+            if name == "data"
+            else "pass one of its fields"
+        )
+        raise InvalidInputError(f"{name} is a data ref: {advice}. Found {value!s:.200}")
     if isinstance(value, str):
         return None if value in ("", "None") else value
     if value is None:

@@ -18,7 +18,7 @@ from keras_remote_airflow._compat import (
     XComArg,
     task_decorator_factory,
 )
-from keras_remote_airflow.arguments import rendered_or_none, to_template
+from keras_remote_airflow.arguments import names_task_in_errors, rendered_or_none, to_template
 from keras_remote_airflow.connection import connect
 from keras_remote_airflow.core.disk.partial import locked, partial_name, sweep
 from keras_remote_airflow.core.errors import InvalidInputError
@@ -113,11 +113,12 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
             "op_kwargs": op_kwargs,
         }
         super().__init__(**function, kwargs_to_upstream=function, **kwargs)
-        self.cache_dir = to_template("cache_dir", cache_dir)
-        self.cache_max_bytes = cache_max_bytes
-        self.gcp_conn_id = to_template("gcp_conn_id", gcp_conn_id)
-        self.impersonation_chain: Any = impersonation_chain  # a list is one chain
-        self.user_project = to_template("user_project", user_project)
+        with names_task_in_errors(self):
+            self.cache_dir = to_template("cache_dir", cache_dir)
+            self.cache_max_bytes = cache_max_bytes
+            self.gcp_conn_id = to_template("gcp_conn_id", gcp_conn_id)
+            self.impersonation_chain: Any = impersonation_chain  # a list is one chain
+            self.user_project = to_template("user_project", user_project)
 
     def execute(self, context: Context) -> Any:
         self._running = True

@@ -23,7 +23,8 @@ def permanent_errors_fail_the_task() -> Iterator[None]:
     try:
         yield
     except PERMANENT_ERRORS as exc:
-        raise AirflowFailException(str(exc)) from exc
+        # Not from the error itself: the log would show its text twice.
+        raise AirflowFailException(str(exc)) from exc.__cause__
 
 
 @contextmanager

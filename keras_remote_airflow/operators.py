@@ -13,6 +13,7 @@ from keras_remote_airflow._compat import (
 )
 from keras_remote_airflow.arguments import (
     check_mount_path,
+    names_task_in_errors,
     rendered,
     rendered_or_none,
     to_template,
@@ -23,7 +24,7 @@ from keras_remote_airflow.assets import (
     is_work_of_an_earlier_try,
 )
 from keras_remote_airflow.connection import connect
-from keras_remote_airflow.core.data import Data
+from keras_remote_airflow.core.data import Data, check_counts
 from keras_remote_airflow.core.errors import EmptyDataError, InvalidInputError
 from keras_remote_airflow.core.layout import CacheKey, Layout, get_layout
 from keras_remote_airflow.core.progress import format_bytes, format_files
@@ -132,30 +133,27 @@ class DataUploadOperator(BaseOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(multiple_outputs=multiple_outputs, **kwargs)
-        self.data = to_template("data", data)
-        self.bucket_name = to_template("bucket_name", bucket_name)
-        self.namespace_prefix = to_template("namespace_prefix", namespace_prefix)
-        self.mount_path = to_template("mount_path", mount_path)
-        self.gcp_conn_id = to_template("gcp_conn_id", gcp_conn_id)
-        self.impersonation_chain: Any = impersonation_chain  # a list is one chain
-        self.user_project = to_template("user_project", user_project)
-        self.layout = to_template("layout", layout)
-        self.verify = to_template("verify", verify)
-        self.hash_index = to_template("hash_index", hash_index)
-        self.allow_empty = allow_empty
-        self.min_files = min_files
-        self.on_cache_hit = on_cache_hit
-        if on_cache_hit not in get_args(OnCacheHit):
-            raise InvalidInputError(
-                f"unknown on_cache_hit {on_cache_hit!r}: expected one of "
-                f"{list(get_args(OnCacheHit))} (DataUploadOperator task {self.task_id!r})"
-            )
-        if type(allow_empty) is not bool or type(min_files) is not int:
-            raise InvalidInputError(
-                f"allow_empty is {allow_empty!r} and min_files {min_files!r}: expected a bool and "
-                f"an int, these are not templated (DataUploadOperator task {self.task_id!r})"
-            )
-        check_mount_path(layout, mount_path)
+        with names_task_in_errors(self):
+            self.data = to_template("data", data)
+            self.bucket_name = to_template("bucket_name", bucket_name)
+            self.namespace_prefix = to_template("namespace_prefix", namespace_prefix)
+            self.mount_path = to_template("mount_path", mount_path)
+            self.gcp_conn_id = to_template("gcp_conn_id", gcp_conn_id)
+            self.impersonation_chain: Any = impersonation_chain  # a list is one chain
+            self.user_project = to_template("user_project", user_project)
+            self.layout = to_template("layout", layout)
+            self.verify = to_template("verify", verify)
+            self.hash_index = to_template("hash_index", hash_index)
+            self.allow_empty = allow_empty
+            self.min_files = min_files
+            self.on_cache_hit = on_cache_hit
+            if on_cache_hit not in get_args(OnCacheHit):
+                expected = list(get_args(OnCacheHit))
+                raise InvalidInputError(
+                    f"unknown on_cache_hit {on_cache_hit!r}: expected one of {expected}"
+                )
+            check_counts(allow_empty, min_files)
+            check_mount_path(layout, mount_path)
 
     if TYPE_CHECKING:
 

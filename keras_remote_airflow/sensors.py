@@ -21,6 +21,7 @@ from keras_remote_airflow._compat import (
 )
 from keras_remote_airflow.arguments import (
     check_mount_path,
+    names_task_in_errors,
     rendered,
     rendered_chain,
     rendered_or_none,
@@ -135,23 +136,24 @@ class CacheSensor(BaseSensorOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(multiple_outputs=multiple_outputs, **kwargs)
-        self.bucket_name = to_template("bucket_name", bucket_name)
-        self.content_hash = to_template("content_hash", content_hash)
-        self.data = to_template("data", data)
-        is_ref = isinstance(data_ref, dict)
-        self.data_ref: Any = data_ref if is_ref else to_template("data_ref", data_ref)
-        self.namespace_prefix = to_template("namespace_prefix", namespace_prefix)
-        self.is_dir = is_dir
-        self.mount_path = to_template("mount_path", mount_path)
-        self.gcp_conn_id = to_template("gcp_conn_id", gcp_conn_id)
-        self.impersonation_chain: Any = impersonation_chain  # a list is one chain
-        self.user_project = to_template("user_project", user_project)
-        self.deferrable = deferrable
-        self.layout = to_template("layout", layout)
-        self.verify = to_template("verify", verify)
-        self.hash_index = to_template("hash_index", hash_index)
-        self._check_arguments()
-        check_mount_path(layout, mount_path)
+        with names_task_in_errors(self):
+            self.bucket_name = to_template("bucket_name", bucket_name)
+            self.content_hash = to_template("content_hash", content_hash)
+            self.data = to_template("data", data)
+            is_ref = isinstance(data_ref, dict)
+            self.data_ref: Any = data_ref if is_ref else to_template("data_ref", data_ref)
+            self.namespace_prefix = to_template("namespace_prefix", namespace_prefix)
+            self.is_dir = is_dir
+            self.mount_path = to_template("mount_path", mount_path)
+            self.gcp_conn_id = to_template("gcp_conn_id", gcp_conn_id)
+            self.impersonation_chain: Any = impersonation_chain  # a list is one chain
+            self.user_project = to_template("user_project", user_project)
+            self.deferrable = deferrable
+            self.layout = to_template("layout", layout)
+            self.verify = to_template("verify", verify)
+            self.hash_index = to_template("hash_index", hash_index)
+            self._check_arguments()
+            check_mount_path(layout, mount_path)
 
     if TYPE_CHECKING:
 
@@ -202,7 +204,8 @@ class CacheSensor(BaseSensorOperator):
         from keras_remote_airflow.core.cloud.transport import Transport
 
         # Both are kept for the other pokes of this execution.
-        awaited = self._awaited = self._awaited or self._make_awaited()
+        with names_task_in_errors(self):
+            awaited = self._awaited = self._awaited or self._make_awaited()
         uri = awaited.key.gcs_uri
         try:
             self._client = self._client or connect(self.gcp_conn_id, self.impersonation_chain)
@@ -287,7 +290,7 @@ class CacheSensor(BaseSensorOperator):
     def _key_of(self, ref: DataRef) -> CacheKey:
         key = ref.cache_key
         if key is None:
-            raise self._wrong(
+            raise InvalidInputError(
                 "nothing will publish this data, so there is nothing to wait for: data_ref names "
                 f"{ref.gcs_uri}"
             )
@@ -297,7 +300,7 @@ class CacheSensor(BaseSensorOperator):
         ):
             given = rendered_or_none(name, getattr(self, name))
             if given not in (None, default, found):
-                raise self._wrong(
+                raise InvalidInputError(
                     f"{name} is {given!r}, but data_ref names {ref.gcs_uri}: leave it out"
                 )
         return key
@@ -307,7 +310,7 @@ class CacheSensor(BaseSensorOperator):
 
         data = self.data if isinstance(self.data, Data) else Data(rendered("data", self.data))
         if data.is_gcs:
-            raise self._wrong(
+            raise InvalidInputError(
                 "only local data has a hash to wait for. Wait for objects with Google's own "
                 f"sensors. Found data={data.path}"
             )
@@ -318,12 +321,9 @@ class CacheSensor(BaseSensorOperator):
     def _check_arguments(self) -> None:
         given = [name for name in _SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
-            raise self._wrong(
+            raise InvalidInputError(
                 f"exactly one of {', '.join(_SOURCES)} must be given, "
                 f"found {' and '.join(given) or 'none'}"
             )
         if self.bucket_name is None and self.data_ref is None:
-            raise self._wrong(f"bucket_name must be given with {given[0]}")
-
-    def _wrong(self, what: str) -> InvalidInputError:
-        return InvalidInputError(f"{what} (CacheSensor task {self.task_id!r})")
+            raise InvalidInputError(f"bucket_name must be given with {given[0]}")

@@ -6,7 +6,9 @@ import re
 import stat
 
 from keras_remote_airflow.core.errors import DataNotFoundError, InvalidInputError
+from keras_remote_airflow.core.layout import split_gcs_uri
 from keras_remote_airflow.core.progress import ProgressCallback
+from keras_remote_airflow.core.refs import is_data_ref
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +38,11 @@ def path_text(value: object) -> str:
         value = str(value)
     elif isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if is_data_ref(value):
+        raise InvalidInputError(
+            f"a data ref stands for data that is uploaded already: pass it on to what reads it, "
+            f"such as materialize: {given!r}"
+        )
     if not isinstance(value, str):
         raise InvalidInputError(
             f"data path must be a path or a gs:// URI, found {given!r}. If it comes from a "
@@ -63,7 +70,8 @@ class Data:
             other a single object.
 
     Raises:
-        ValueError: the path is empty, or cannot be followed or read by this user.
+        ValueError: the path is empty, or cannot be followed or read by this user; or it is a
+            `gs://` URI that Cloud Storage cannot hold.
         FileNotFoundError: a local path does not exist.
         OSError: whether it exists can't be told just now: a mount is dead, for instance.
     """
@@ -71,6 +79,7 @@ class Data:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._raw_path = self._path = path_text(path)
         if self.is_gcs:
+            split_gcs_uri(self._path)
             _warn_of_missing_slash(self._path)
             return
         from keras_remote_airflow.core.disk.tree import stat_path, system_path
@@ -79,17 +88,17 @@ class Data:
         try:
             stat_path(self._path)
         except DataNotFoundError as exc:
+            if _URI_LIKE.match(self._raw_path):
+                raise DataNotFoundError(
+                    f"expected gs://bucket/name or a local path, found {self._raw_path!r}. Other "
+                    f"URIs are not supported, and there is no such path: {self._path}"
+                ) from None
             hint = ""
             if self._raw_path != self._path:
                 hint = f" It was given as {self._raw_path!r}."
             if self._raw_path == "None":
                 hint += " Is the template or XCom empty?"
-            elif _URI_LIKE.match(self._raw_path):
-                hint += (
-                    " If it is meant as a URI, write gs://bucket/name: other schemes are not "
-                    "supported."
-                )
-            raise DataNotFoundError(f"{exc}{hint}") from exc
+            raise DataNotFoundError(f"{exc}{hint}") from None
 
     @property
     def path(self) -> str:
@@ -139,6 +148,15 @@ class Data:
 
     def __repr__(self) -> str:
         return f"Data({self._raw_path!r})"
+
+
+def check_counts(allow_empty: object, min_files: object) -> None:
+    """Raise InvalidInputError unless these can say how many files data must have."""
+    if type(allow_empty) is not bool or type(min_files) is not int or min_files < 0:
+        raise InvalidInputError(
+            f"allow_empty is {allow_empty!r} and min_files {min_files!r}: expected a bool and an "
+            "int of 0 or more. (Operators don't template these.)"
+        )
 
 
 def as_data(data: Data | str | os.PathLike[str]) -> Data:

@@ -47,7 +47,13 @@ def make_data_ref(gcs_uri: str, is_dir: bool, mount_path: str | None = None) -> 
         gcs_uri: where the data is: what `upload_data` returned, or any `gs://` object or prefix.
         is_dir: whether it is a directory (a prefix) rather than a single file.
         mount_path: where a training job should see the data; None leaves that to the job.
+
+    Raises:
+        InvalidInputError: `gcs_uri` is text that a ref cannot hold, see `DataRef`. Templates, and
+            outputs of tasks, are looked at when they are filled in.
     """
+    if isinstance(gcs_uri, str) and "{{" not in gcs_uri:
+        DataRef(gcs_uri, is_dir)
     return {_FLAG: True, "gcs_uri": gcs_uri, "is_dir": is_dir, "mount_path": mount_path}
 
 

@@ -14,6 +14,7 @@ import pytest
 from keras_remote_airflow import Data, upload_data
 from keras_remote_airflow._compat import SIGTERM_RAISES, AirflowFailException
 from keras_remote_airflow.core.disk.partial import partial_name
+from keras_remote_airflow.core.errors import InvalidInputError
 from keras_remote_airflow.core.refs import make_data_ref, parse_data_ref
 from keras_remote_airflow.decorators import LocalDataOperator, PathsForRefs, local_data_task
 
@@ -258,6 +259,11 @@ def test_constructing_it_leaves_its_arguments_alone():
     operator = task(print, REF, **arguments)
     assert {name: getattr(operator, name) for name in arguments} == arguments
     assert set(arguments) <= set(operator.template_fields)
+
+
+def test_arguments_that_it_cannot_take_name_the_task_when_the_dag_is_parsed():
+    with pytest.raises(InvalidInputError, match=r"cache_dir is a list of 1.*task 'use'"):
+        task(print, REF, cache_dir=["/cache"])
 
 
 def test_it_can_be_imported_where_the_provider_is_not_registered():

@@ -6,6 +6,7 @@ What needs a scheduler or a trigger (reschedule mode, deferral, retries) is in t
 import json
 import logging
 import os
+import traceback
 from datetime import timedelta
 
 import pytest
@@ -219,7 +220,7 @@ def test_wrong_combinations_fail_when_the_dag_is_parsed(arguments, words):
     ],
 )
 def test_arguments_that_no_sensor_can_take_fail_when_the_dag_is_parsed(arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=rf"{words}.*\(CacheSensor task 'wait'\)"):
         sensor(**arguments)
 
 
@@ -237,9 +238,10 @@ def test_arguments_that_no_sensor_can_take_fail_when_the_dag_is_parsed(arguments
         ),
         ({"data": "/no/such", "bucket_name": "test-bucket"}, "/no/such"),
         (
-            {"data": "gs://b/c/", "bucket_name": "test-bucket"},
-            "only local data .*data=gs://b/c/.*'wait'",
+            {"data": "gs://bbb/c/", "bucket_name": "test-bucket"},
+            "only local data .*data=gs://bbb/c/.*'wait'",
         ),
+        ({"data": make_data_ref(GCS_URI, True), "bucket_name": "bbb"}, "data is a data ref"),
         ({"data_ref": "None"}, "not a data ref"),
         ({"data_ref": {"gcs_uri": GCS_URI, "is_dir": True}}, "not a data ref"),
         (
@@ -258,8 +260,9 @@ def test_arguments_that_no_sensor_can_take_fail_when_the_dag_is_parsed(arguments
     ],
 )
 def test_malformed_values_fail_for_good(execute, arguments, words, deferrable):
-    with pytest.raises(AirflowFailException, match=words):
+    with pytest.raises(AirflowFailException, match=words) as caught:
         execute(sensor(deferrable=deferrable, **arguments))
+    assert "".join(traceback.format_exception(caught.value)).count("Traceback (") == 1
     with pytest.raises(AirflowSkipException, match=words):
         execute(sensor(deferrable=deferrable, soft_fail=True, **arguments))
 

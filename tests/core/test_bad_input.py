@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from keras_remote_airflow import Data
+from keras_remote_airflow import Data, make_data_ref
 from keras_remote_airflow.core.datasets.upload import upload
 from keras_remote_airflow.core.errors import InvalidInputError
 
@@ -94,8 +95,9 @@ def good(tree):
 def test_bad_content_is_named_and_nothing_is_written(case, good, gcs_server, gcs_bucket):
     spoil, message = BAD_CONTENTS[case]
     spoil(good / "sub")
-    with pytest.raises(InvalidInputError, match=message):
+    with pytest.raises(InvalidInputError, match=message) as caught:
         upload(gcs_bucket, str(good))
+    assert "".join(traceback.format_exception(caught.value)).count("Traceback (") == 1
     assert gcs_server.requests == []
 
 
@@ -117,8 +119,9 @@ SINGLES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_bad_single_path_is_named_and_nothing_is_written(case, tmp_path, gcs_server, gcs_bucket):
     make, message = SINGLES[case]
     make(tmp_path / "thing")
-    with pytest.raises(InvalidInputError, match=message):
+    with pytest.raises(InvalidInputError, match=message) as caught:
         upload(gcs_bucket, str(tmp_path / "thing"))
+    assert "".join(traceback.format_exception(caught.value)).count("Traceback (") == 1
     assert gcs_server.requests == []
 
 
@@ -249,6 +252,21 @@ def test_path_that_no_file_can_have_is_a_value_error(path):
 
 
 @pytest.mark.parametrize("uri", ["gs://", "gs:///x", "gs://Bad Bucket/x", "gs://demo/\udcff.txt"])
-def test_malformed_gcs_uri_is_refused(uri):
+@pytest.mark.parametrize("take", [Data, lambda uri: make_data_ref(uri, True)], ids=["Data", "ref"])
+def test_malformed_gcs_uri_is_refused(uri, take):
     with pytest.raises(InvalidInputError, match=r"bucket name|Cloud Storage URI"):
-        upload("test-bucket", uri)
+        take(uri)
+
+
+@pytest.mark.parametrize(
+    ("counts", "found"),
+    [
+        ({"min_files": "2"}, "min_files '2'"),
+        ({"min_files": -3}, "min_files -3"),
+        ({"min_files": None}, "min_files None"),
+        ({"allow_empty": "no"}, "allow_empty is 'no'"),
+    ],
+)
+def test_numbers_of_files_that_are_none_are_refused_before_anything_is_read(counts, found):
+    with pytest.raises(InvalidInputError, match=found):
+        upload("test-bucket", "/not/even/there", **counts)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from keras_remote_airflow import Data
+from keras_remote_airflow import Data, make_data_ref
 from keras_remote_airflow.core.disk.hashing import take_snapshot
 from keras_remote_airflow.core.errors import (
     PERMANENT_ERRORS,
@@ -106,6 +106,12 @@ def test_broken_link_names_its_target(tmp_path):
         Data(str(tmp_path / "link"))
 
 
+def test_a_ref_is_told_that_it_is_uploaded_already():
+    ref = make_data_ref("gs://bucket/raw/", True)
+    with pytest.raises(InvalidInputError, match=r"data ref stands for data that is uploaded.*raw/"):
+        Data(ref)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", [None, 7, b"bytes"])
 def test_what_is_no_path_is_refused(value):
     with pytest.raises(InvalidInputError, match=repr(value)):
@@ -169,7 +175,7 @@ def test_a_disk_that_does_not_answer_is_an_outage_and_no_missing_path(
     "path", ["gs:/demo/x", "gs//demo/x", "GS://demo/x", " gs://demo", "s3://b"]
 )
 def test_what_looks_like_another_uri_is_told_how_to_spell_one(path):
-    with pytest.raises(DataNotFoundError, match="gs://bucket/name"):
+    with pytest.raises(DataNotFoundError, match=f"^expected gs://bucket/name.*{path}"):
         Data(path)
 
 

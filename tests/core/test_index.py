@@ -331,6 +331,7 @@ def test_a_directory_or_fifo_is_no_index(tree, tmp_path, caplog):
         caplog.clear()
         assert _hash(tree, str(tmp_path / name)) == _hash(tree)
         assert len(caplog.records) == 1
+        assert "it is not a file" in caplog.text
     assert os.listdir(tmp_path / "folder") == []
 
 

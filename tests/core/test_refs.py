@@ -90,6 +90,13 @@ def test_there_is_no_parsed_ref_to_what_cloud_storage_cannot_hold(uri):
         DataRef(uri, True)
 
 
+@pytest.mark.parametrize("uri", ["my-bucket/x", "gs://my-bucket/default/data-cache/", "s3://b/x"])
+def test_a_uri_that_no_ref_can_hold_is_refused_when_the_ref_is_made(uri):
+    with pytest.raises(InvalidInputError, match=uri):
+        make_data_ref(uri, True)
+    assert make_data_ref("{{ params.uri }}", True)["gcs_uri"] == "{{ params.uri }}"
+
+
 def test_parsed_ref_knows_its_bucket_and_its_object():
     ref = DataRef("gs://bucket/raw/train.csv", False)
     assert (ref.bucket, ref.object_name) == ("bucket", "raw/train.csv")

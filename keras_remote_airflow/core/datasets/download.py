@@ -60,5 +60,5 @@ def download(
                 raise IntegrityError(
                     f"the data cannot be a directory: one object is {place}, another is below "
                     f"{place}/: {source.ref.gcs_uri}. Remove the one that does not belong there."
-                ) from exc
+                ) from None
     return received

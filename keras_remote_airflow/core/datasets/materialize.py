@@ -236,7 +236,7 @@ class _Job:
             raise InvalidInputError(
                 f"destination is taken, and cannot be compared with the dataset ({reason}): "
                 f"{final}. Choose another dest, or empty this one."
-            ) from exc
+            ) from None
         key = self.ref.cache_key
         problem = None
         if key is None or key.content_hash != snapshot.content_hash:  # else it needs no network
@@ -323,12 +323,12 @@ class _Job:
                     raise InvalidInputError(
                         f"permission denied by {refusing}, where the download goes first, beside "
                         f"{final}. Choose a dest whose parent directory is writable{inside}."
-                    ) from exc
+                    ) from None
                 raise OSError(
                     exc.errno,
                     f"cannot write beside the destination ({exc.strerror}: {refusing}): {final}. "
                     "Choose a dest whose parent directory is writable",
-                ) from exc
+                ) from None
             yield partial
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import FileToSend, ObjectStore
-from keras_remote_airflow.core.data import Data, as_data
+from keras_remote_airflow.core.data import Data, as_data, check_counts
 from keras_remote_airflow.core.datasets.diff import missing_files
 from keras_remote_airflow.core.datasets.lookup import Verify, check_verify, lookup
 from keras_remote_airflow.core.disk.snapshot import Snapshot
@@ -38,7 +38,6 @@ from keras_remote_airflow.core.layout import (
     check_relative_paths,
     get_layout,
     parse_marker,
-    split_gcs_uri,
 )
 from keras_remote_airflow.core.progress import (
     Progress,
@@ -202,9 +201,9 @@ def upload(
     check_namespace(namespace_prefix)
     chosen_layout = get_layout(layout)
     check_verify(verify)
+    check_counts(allow_empty, min_files)
     data = as_data(data)
     if data.is_gcs:
-        split_gcs_uri(data.path)
         _log.info("Passing on data that is on Cloud Storage already: %s", data.path)
         return UploadResult(data.path, data.is_dir)
 

@@ -51,7 +51,7 @@ def open_cache(cache_dir: object = None) -> str:
             exc.errno,
             f"cannot make a directory for datasets ({exc.strerror}). Pass dest or cache_dir",
             base,
-        ) from exc
+        ) from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise InvalidInputError(
             f"{base} is not a directory that only this user can open: remove it, or name a dest"

@@ -45,11 +45,11 @@ def absolute_directory(directory: object, what: str) -> str:
         ) from exc
     except OSError as exc:
         if exc.errno not in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-            raise denied(path, exc) from exc
+            raise denied(path, exc) from None
         raise InvalidInputError(
             f"{what} cannot be a directory ({exc.strerror}): {path}. Choose a path whose parents "
             "are directories."
-        ) from exc
+        ) from None
     if not is_directory:
         raise InvalidInputError(
             f"{what} is not a directory: {path}. Choose one, or a path that is not there."
@@ -64,7 +64,7 @@ def is_taken(path: str) -> bool:
     except FileNotFoundError:
         return False
     except OSError as exc:
-        raise denied(path, exc) from exc
+        raise denied(path, exc) from None
 
 
 def is_around_cwd(path: str) -> bool:

@@ -204,7 +204,7 @@ def _states(files: _Files, index: "HashIndex") -> list[os.stat_result]:
         index.check_outside(os.fstat(folder))
         return [os.stat(name, dir_fd=folder) for name in files.names]
     except OSError as exc:
-        raise inaccessible(os.path.join(files.folder, exc.filename), exc) from exc
+        raise inaccessible(os.path.join(files.folder, exc.filename), exc) from None
     finally:
         os.close(folder)
 
@@ -337,7 +337,7 @@ class _Hasher:
                 try:
                     descriptors.append(os.open(names[position], OPEN_FLAGS, dir_fd=folder))
                 except OSError as exc:
-                    raise inaccessible(files.local_path(position), exc) from exc
+                    raise inaccessible(files.local_path(position), exc) from None
             states = list(map(os.fstat, descriptors))
             sizes = [state.st_size for state in states]
             if not all(map(stat.S_ISREG, {state.st_mode for state in states})):

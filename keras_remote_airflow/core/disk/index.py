@@ -238,10 +238,12 @@ class HashIndex:
             descriptor = os.open(self._path, OPEN_FLAGS)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        with open(descriptor, "rb", buffering=0) as file:
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ValueError("it is not a file")
-            header = file.read(72)  # https://www.sqlite.org/fileformat.html
+            header = os.read(descriptor, 72)  # https://www.sqlite.org/fileformat.html
+        finally:
+            os.close(descriptor)
         if header and (header[:16] + header[60:64] + header[68:]) != _HEADER:
             raise ValueError(f"it is no hash index of format {FORMAT_VERSION}")
         return bool(header)  # empty: another process is about to write it

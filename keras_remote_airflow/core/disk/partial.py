@@ -143,7 +143,7 @@ def _open_directory(path: str) -> int | None:
         if exc.errno in (errno.ENOTDIR, errno.ELOOP):
             raise InvalidInputError(
                 f"a link or a file is where the download goes first, remove it: {path}"
-            ) from exc
+            ) from None
         raise
 
 

@@ -75,11 +75,11 @@ def stat_path(path: str | bytes) -> os.stat_result:
     try:
         return os.stat(path)
     except OSError as exc:
-        raise _unusable(path, exc) from exc
+        raise _unusable(path, exc) from None  # the text says it all, here and below
     except ValueError as exc:
         raise InvalidInputError(
             f"data path does not exist: nothing can be called {path!r} ({exc})"
-        ) from exc
+        ) from None
 
 
 def walk(root: str, linked: list[bytes], empty: list[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
@@ -132,12 +132,12 @@ def check_utf8(root: bytes, paths: list[bytes]) -> None:
     """Raise InvalidInputError unless all these relative paths are UTF-8."""
     try:
         b"/".join(paths).decode()
-    except UnicodeDecodeError as exc:
+    except UnicodeDecodeError:
         if len(paths) > 1:  # find out which one it is
             for path in paths:
                 check_utf8(root, [path])
         path = os.path.join(root, paths[0])
-        raise InvalidInputError(f"file name is not UTF-8: {path!r}. Rename it.") from exc
+        raise InvalidInputError(f"file name is not UTF-8: {path!r}. Rename it.") from None
 
 
 def open_path(path: bytes, flags: int) -> int:
@@ -145,7 +145,7 @@ def open_path(path: bytes, flags: int) -> int:
     try:
         return patiently(lambda: os.open(path, flags))
     except OSError as exc:
-        raise inaccessible(path, exc) from exc
+        raise inaccessible(path, exc) from None
 
 
 def patiently(work: Callable[[], _T]) -> _T:
@@ -238,7 +238,7 @@ def _list(folder: bytes) -> tuple[list[bytes], list[bytes], list[bytes]]:
                     others.append(entry.path)
     except OSError as exc:
         path = os.fsencode(exc.filename or folder)
-        raise (inaccessible(path, exc) if path == folder else _unusable(path, exc)) from exc
+        raise (inaccessible(path, exc) if path == folder else _unusable(path, exc)) from None
     for path in others:
         raise _neither_file_nor_folder(path)
     return sorted(files), sorted(subfolders), sorted(links)
