@@ -70,7 +70,7 @@ def hold(copy: str) -> None:
             _held[copy] = _lock(path, fcntl.LOCK_SH)
         with suppress(PermissionError):  # another user's file
             os.utime(_held[copy])
-    except (OSError, NotImplementedError) as exc:
+    except (OSError, AttributeError) as exc:
         if isinstance(exc, OSError) and exc.errno in TOO_MANY_OPEN:
             raise
         _log.debug("Using a copy without a lock (%s): %s", exc, copy)
@@ -127,7 +127,7 @@ def _remove(copy: str) -> bool:
             os.unlink(path)
         finally:
             os.close(descriptor)
-    except (OSError, NotImplementedError) as exc:
+    except (OSError, AttributeError) as exc:
         _log.debug("Kept a copy in the cache (%s): %s", exc, copy)
         return False
     return True
@@ -135,8 +135,6 @@ def _remove(copy: str) -> bool:
 
 def _lock(path: str, operation: int) -> int:
     """Return a descriptor of the file at `path` that holds this lock on it."""
-    if not hasattr(fcntl, "flock"):
-        raise NotImplementedError
     while True:
         try:
             descriptor = _open(path, os.O_RDWR | os.O_CREAT)

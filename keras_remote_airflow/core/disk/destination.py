@@ -8,9 +8,6 @@ from contextlib import suppress
 from keras_remote_airflow.core.disk.tree import refusing, system_path
 from keras_remote_airflow.core.errors import InvalidInputError
 
-# What a rename of two names against each other answers where the system or file system has none.
-_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
-
 
 def check_dest(dest: object) -> str:
     """Return the absolute path of a destination; raise what `absolute_directory` raises."""
@@ -195,17 +192,10 @@ def _is_link(path: str) -> InvalidInputError:
 def _exchange_in_one_step(one: str, other: str) -> bool:
     import ctypes
 
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None)
     paths = os.fsencode(one), os.fsencode(other)
     if hasattr(libc, "renameat2"):  # Linux: RENAME_EXCHANGE is 2, AT_FDCWD is -100
-        failed = libc.renameat2(-100, paths[0], -100, paths[1], ctypes.c_uint(2))
-    elif hasattr(libc, "renamex_np"):  # macOS: RENAME_SWAP is 2
-        failed = libc.renamex_np(*paths, ctypes.c_uint(2))
-    else:
-        return False
-    if not failed:
-        return True
-    number = ctypes.get_errno()
-    if number in _NO_EXCHANGE:
-        return False
-    raise OSError(number, os.strerror(number), one, None, other)
+        return not libc.renameat2(-100, paths[0], -100, paths[1], ctypes.c_uint(2))
+    if hasattr(libc, "renamex_np"):  # macOS: RENAME_SWAP is 2
+        return not libc.renamex_np(*paths, ctypes.c_uint(2))
+    return False
