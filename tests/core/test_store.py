@@ -417,7 +417,10 @@ def test_answer_that_would_fill_the_memory_is_refused(monkeypatch):
     with http.server.HTTPServer(("127.0.0.1", 0), Bomb) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
-        with open_bucket("bucket") as store, pytest.raises(StoreError, match="bytes") as raised:
+        with (
+            open_bucket("bucket") as store,
+            pytest.raises(StoreError, match="Cloud Storage") as raised,
+        ):
             store.list_page("x")
         assert not raised.value.transient
         server.shutdown()

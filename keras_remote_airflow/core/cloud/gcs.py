@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import google_crc32c
+from multidict import CIMultiDictProxy
 
 from keras_remote_airflow.core.cloud.retry import RefusedError, RetryableError, failure
 from keras_remote_airflow.core.cloud.store import (
@@ -54,7 +55,7 @@ from keras_remote_airflow.core.cloud.transfer import (
     check_unchanged,
     read_whole,
 )
-from keras_remote_airflow.core.cloud.transport import MAX_REQUESTS, Answer, Transport
+from keras_remote_airflow.core.cloud.transport import MAX_REQUESTS, Transport
 from keras_remote_airflow.core.errors import IntegrityError, StoreError
 from keras_remote_airflow.core.layout import MAX_MARKER_BYTES
 
@@ -117,15 +118,16 @@ class GcsStore:
 
     async def aread(self, name: str) -> bytes | None:
         async def attempt() -> tuple[int, bytes]:
-            async with self._transport.request(
-                "GET", self._object(name, alt="media"), expected=(200, 404)
-            ) as answer:
-                body = await _read_at_most(answer.body, MAX_MARKER_BYTES)
-                if len(body) > MAX_MARKER_BYTES:
-                    return answer.status, body
-                if _crc32c_of(answer) not in (None, google_crc32c.value(body)):
-                    raise RetryableError("its bytes disagree with the x-goog-hash sent along")
-                return answer.status, body
+            status, headers, body = await self._transport.exchange(
+                "GET",
+                self._object(name, alt="media"),
+                expected=(200, 404),
+                at_most=MAX_MARKER_BYTES,
+            )
+            is_whole = len(body) <= MAX_MARKER_BYTES
+            if is_whole and _crc32c_of(headers) not in (None, google_crc32c.value(body)):
+                raise RetryableError("its bytes disagree with the x-goog-hash sent along")
+            return status, body
 
         status, body = await self._transport.retry.run(f"reading {self._uri(name)}", attempt)
         if status == 200:
@@ -431,7 +433,7 @@ class GcsStore:
                     if answer.status == 200:
                         sink.restart()
                         if wanted.info.crc32c is None:
-                            sink.crc32c = _crc32c_of(answer)
+                            sink.crc32c = _crc32c_of(answer.headers)
                     async for piece in answer.body:
                         sink.add(piece)
                         if sink.size > CHUNK_BYTES:
@@ -506,16 +508,6 @@ def _bad_request(body: bytes) -> RetryableError | RefusedError:
     return failure(400, body)
 
 
-async def _read_at_most(pieces: AsyncIterator[bytes], limit: int) -> bytes:
-    """Return the whole body, or a little more than `limit` bytes of a larger one."""
-    body = b""
-    async for piece in pieces:
-        body += piece
-        if len(body) > limit:
-            break
-    return body
-
-
 def _info(item: dict[str, Any]) -> ObjectInfo:
     size, crc32c, generation = item.get("size"), item.get("crc32c"), item.get("generation")
     return ObjectInfo(
@@ -537,9 +529,9 @@ def _comparable(name: str, body: bytes) -> ObjectInfo | None:
     return None if info.size is None or info.crc32c is None else info
 
 
-def _crc32c_of(answer: Answer) -> int | None:
+def _crc32c_of(headers: CIMultiDictProxy[str]) -> int | None:
     """Return the CRC32C in the headers of a download, or None if there is none."""
-    declared = _CRC32C_HEADER.search(",".join(answer.headers.getall("x-goog-hash", ())))
+    declared = _CRC32C_HEADER.search(",".join(headers.getall("x-goog-hash", ())))
     with _understanding(b"x-goog-hash"):
         return _decode(declared[1]) if declared else None
 

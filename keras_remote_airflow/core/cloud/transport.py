@@ -328,19 +328,20 @@ class Transport:
         return URL(url if "://" in url else self._endpoint + url, encoded=True)
 
     async def exchange(
-        self, method: str, url: str, **options: Any
-    ) -> tuple[int, Mapping[str, str], bytes]:
+        self, method: str, url: str, *, at_most: int = _MAX_ANSWER_BYTES, **options: Any
+    ) -> tuple[int, CIMultiDictProxy[str], bytes]:
         """Make one attempt at a request whose answer is small; return status, headers and body.
 
-        Parameters and errors are those of `request`.
+        Of a body of more than `at_most` bytes, little more than that is read. The other parameters
+        and the errors are those of `request`.
         """
+        pieces, size = [], 0
         async with self.request(method, url, **options) as answer:
-            pieces, size = [], 0
             async for piece in answer.body:
                 pieces.append(piece)
                 size += len(piece)
-                if size > _MAX_ANSWER_BYTES:
-                    raise RefusedError(f"the answer has more than {_MAX_ANSWER_BYTES} bytes")
+                if size > at_most:
+                    break
             return answer.status, answer.headers, b"".join(pieces)
 
 
