@@ -7,6 +7,7 @@ Results go to stdout, everything else to stderr. Exit codes:
     0   done
     1   failed; trying again may help
     2   failed for good: bad input, a conflict, an unreadable marker (`PERMANENT_ERRORS`)
+    130 interrupted
 """
 
 import argparse
@@ -43,6 +44,15 @@ _LOCAL_PATH = re.compile(r"/|~|\.\.?(/|$)")
 # What may be the name of a destination, and is neither JSON nor a URI.
 _NAME = re.compile(r"[\w.][\w./-]{,199}")
 
+# How messages about arguments of `materialize` are told here.
+_OPTIONS = {
+    "replace=True": "--replace",
+    "or leave out replace:": "or leave out --replace:",
+    "Pass dest or cache_dir": "Pass DEST",
+    "cannot write to cache_dir": "cannot write",
+    "Pass a ref, made with make_data_ref(uri, is_dir)": "Pass --dir or --file",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, or the process's own; return the exit code."""
@@ -67,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(2, exc)
     except (KerasRemoteError, OSError) as exc:
         return _fail(1, exc)
+    except KeyboardInterrupt:
+        return _fail(128 + signal.SIGINT, "interrupted")
     return 0
 
 
@@ -151,8 +163,11 @@ def _read_ref(a: str | None, *, is_dir: bool, is_file: bool) -> DataRef | str:
     return DataRef(text, is_dir=not is_file)
 
 
-def _fail(code: int, error: Exception) -> int:
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+def _fail(code: int, error: object) -> int:
+    text = " ".join(str(error).split())
+    for argument, option in _OPTIONS.items():
+        text = text.replace(argument, option)
+    print("error:", text, file=sys.stderr)
     return code
 
 

@@ -131,6 +131,16 @@ def test_limit_that_copies_in_use_exceed_is_told(cache, caplog):
     assert str(cache) in warning
 
 
+def test_copy_that_is_larger_than_the_limit_is_told_as_such(cache, caplog):
+    with another_process(hold, str(cache / ("2" * 64))):
+        with another_process(hold, str(cache / ("3" * 64))):
+            make_room(str(cache), 1500)
+        make_room(str(cache), 999)
+    several, alone = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "alone" not in several
+    assert "one copy alone takes 1.0 kB" in alone
+
+
 def test_what_killed_processes_left_goes_and_other_files_stay(cache):
     (cache / partial_name("1" * 64)).mkdir(0o700)
     (cache / partial_name("1" * 64) / "data").mkdir()

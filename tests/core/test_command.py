@@ -114,6 +114,8 @@ def test_another_dataset_is_replaced_only_if_that_is_asked_for(
     assert get(json.dumps(ref), dest, "--replace").returncode == 0
     done = get(other, dest)
     assert (done.returncode, done.stdout) == (2, "")
+    assert "--replace" in done.stderr
+    assert "replace=True" not in done.stderr
     assert on_disk(dest) == FILES
     assert get(other, dest, "--replace").stdout == f"{dest}\n"
     assert on_disk(dest) == {"a": b"1"}
@@ -209,6 +211,16 @@ def test_sigterm_ends_it_with_the_exit_code_of_a_signal(get):
             return ""
 
     assert get("-", stdin=Input()).returncode == 128 + signal.SIGTERM
+
+
+def test_ctrl_c_is_one_line_and_the_exit_code_of_a_signal(get):
+    class Input(io.StringIO):
+        def read(self, size=-1, /):
+            raise KeyboardInterrupt
+
+    done = get("-", stdin=Input())
+    assert (done.returncode, done.stdout) == (128 + signal.SIGINT, "")
+    assert done.stderr.count("\n") == 1
 
 
 def test_wrong_bytes_are_exit_code_1(get, ref, gcs_server, tmp_path):

@@ -171,10 +171,23 @@ def test_destination_that_holds_something_else_is_refused_and_untouched(director
     before = on_disk(dest)
     with pytest.raises(InvalidInputError) as caught:
         materialize(directory, str(dest))
-    assert str(dest) in str(caught.value)
+    assert str(dest) in str(caught.value).partition(". ")[0]
     assert directory["gcs_uri"] in str(caught.value)
+    assert str(caught.value).count(directory["gcs_uri"].rpartition("/")[2]) == 1
     assert on_disk(dest) == before
     assert sorted(os.listdir(tmp_path)) == ["data", "out"]
+
+
+def test_numbers_come_first_and_names_are_relative(directory, tree, tmp_path, layout):
+    dest = tree({"precious": "mine"}, "out")
+    with pytest.raises(InvalidInputError) as caught:
+        materialize(directory, dest)
+    first, rest = str(caught.value).split(f": {dest}. ")
+    if layout == "keras_remote":  # the other's marker has no numbers
+        assert re.findall(r"\d+ files?", first) == ["1 file", "3 files"]
+        assert len(first) <= 90
+    assert {"sub/eval.csv is missing", "train.csv is missing"} < set(rest.split("; "))
+    assert "precious is not in" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -457,6 +470,8 @@ def test_room_is_made_before_the_download(directory, tmp_path):
     [
         ({"dest": "out", "cache_dir": "cache"}, "dest"),
         ({"dest": "out", "cache_max_bytes": 5}, "cache_max_bytes"),
+        ({"cache_dir": "cache", "replace": True}, "replace"),
+        ({"replace": True}, "replace"),
         ({"cache_max_bytes": -1}, "-1"),
         ({"cache_max_bytes": "1 GB"}, "1 GB"),
         ({"cache_max_bytes": True}, "True"),
@@ -500,6 +515,30 @@ def test_directory_one_is_in_is_reused_if_it_is_the_dataset(directory, tmp_path,
     monkeypatch.chdir(f"{dest}/sub")
     assert materialize(directory, dest) == dest
     assert materialize(directory, "..") == dest
+
+
+@pytest.mark.parametrize("is_dir", [True, False])
+def test_failed_download_leaves_nothing_in_the_cache(directory, single, bucket, tmp_path, is_dir):
+    ref = directory if is_dir else single
+    name = "train.csv" if is_dir else "config.json"
+    put(bucket, {f"{ref['gcs_uri'].split('/', 3)[3]}/{name}": b"T"})
+    (tmp_path / "cache").mkdir()
+    for _ in range(2):
+        with pytest.raises(IntegrityError):
+            materialize(ref, cache_dir=tmp_path / "cache")
+        assert os.listdir(tmp_path / "cache") == []
+
+
+def test_cache_dir_that_cannot_be_made_is_named_as_such(directory, tmp_path, monkeypatch):
+    def makedirs(path, **_):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)  # as in /proc
+
+    monkeypatch.setattr(os, "makedirs", makedirs)
+    with pytest.raises(OSError, match=f"cache_dir.*No such file.*{tmp_path}/x") as caught:
+        materialize(directory, cache_dir=tmp_path / "x")
+    assert caught.value.errno == errno.ENOENT
+    for word in ("Errno", "dest"):
+        assert word not in str(caught.value)
 
 
 # A URI instead of a ref.

@@ -26,10 +26,11 @@ _RAISERS = {name for name in vars(errors) if name.endswith("Error")} | {
     "RefusedError",
     "SystemExit",
     "_wrong",
+    "os_error",
     "warning",
 }
 # Errors of the system have their number first.
-_NUMBERED = {"BlockingIOError", "OSError"}
+_NUMBERED = {"BlockingIOError", "OSError", "os_error"}
 
 # Texts that end a message and stand in another place than where it is raised.
 ENDINGS = {

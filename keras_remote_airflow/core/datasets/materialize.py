@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import ObjectStore
 from keras_remote_airflow.core.datasets.download import download
 from keras_remote_airflow.core.datasets.remote import RemoteData, find_ref
-from keras_remote_airflow.core.disk.cache import hold, make_room, open_cache
+from keras_remote_airflow.core.disk.cache import hold, make_room, open_cache, release
 from keras_remote_airflow.core.disk.destination import (
     check_dest,
     check_replaceable,
@@ -30,7 +30,7 @@ from keras_remote_airflow.core.disk.destination import (
 )
 from keras_remote_airflow.core.disk.partial import locked, partial_name
 from keras_remote_airflow.core.disk.record import read_records, tree_state, write_record
-from keras_remote_airflow.core.disk.tree import system_path
+from keras_remote_airflow.core.disk.tree import os_error, system_path
 from keras_remote_airflow.core.errors import (
     DataChangedError,
     IntegrityError,
@@ -116,13 +116,19 @@ def materialize(
             f"both dest and a cache are given: {dest}. Leave out cache_dir and cache_max_bytes, or "
             "leave out dest."
         )
+    place = ref.mount_path or None if dest is None and not has_cache else dest
+    if replace and place is None:
+        raise InvalidInputError(
+            f"replace=True needs a dest: {ref.gcs_uri}. Pass one, or leave out replace: what is in "
+            "a cache is named by its content, and never another dataset."
+        )
     if cache_max_bytes is not None and (type(cache_max_bytes) is not int or cache_max_bytes < 0):
         raise InvalidInputError(
             f"cache_max_bytes is {cache_max_bytes!r}; expected a number of bytes, 0 or more"
         )
     cache = target = None
-    if dest is not None or (ref.mount_path and not has_cache):
-        target = check_dest(ref.mount_path if dest is None else dest)
+    if place is not None:
+        target = check_dest(place)
     else:
         cache = open_cache(cache_dir)
         if ref.cache_key:
@@ -207,11 +213,7 @@ class _Job:
             )
             return False
         if not self.replace:
-            raise InvalidInputError(
-                f"destination holds something else ({problem}): {final}. Nothing was overwritten: "
-                "choose another dest, or remove it; replace=True replaces what materialize put "
-                f"there. Expected: {self.ref.gcs_uri}"
-            )
+            raise _something_else(final, problem, self.ref.gcs_uri)
         records = read_records(final)
         if not content_hash or content_hash not in records:
             raise _not_ours(final, "it was changed since" if records else "no record says so")
@@ -310,26 +312,57 @@ class _Job:
         if self.ref.is_dir and os.path.lexists(final):
             check_replaceable(final)
         folder = os.path.dirname(final)
+        copy = final if self.ref.is_dir else folder
         with ExitStack() as stack:
+            if self.cache is not None and not self.ref.is_dir:
+                stack.callback(_remove_empty, copy)
             try:
                 os.makedirs(folder, exist_ok=True)
                 partial = stack.enter_context(locked(os.path.join(folder, partial_name(final))))
             except BlockingIOError:  # it says what to do
                 raise
             except OSError as exc:  # it names a path that the caller never gave
-                refusing = os.path.dirname(exc.filename) if exc.filename else folder
-                if isinstance(exc, PermissionError):
-                    inside = f", or {os.path.join(final, 'data')}" if os.path.isdir(final) else ""
-                    raise InvalidInputError(
-                        f"permission denied by {refusing}, where the download goes first, beside "
-                        f"{final}. Choose a dest whose parent directory is writable{inside}."
-                    ) from None
-                raise OSError(
-                    exc.errno,
-                    f"cannot write beside the destination ({exc.strerror}: {refusing}): {final}. "
-                    "Choose a dest whose parent directory is writable",
-                ) from None
-            yield partial
+                raise self._cannot_fill(final, exc) from None
+            if self.cache is not None:
+                hold(copy)
+            try:
+                yield partial
+            except BaseException:
+                if self.cache is not None and not os.path.lexists(final):
+                    release(copy)
+                raise
+
+    def _cannot_fill(self, final: str, error: OSError) -> Exception:
+        """Return the error to raise if no directory for the download can be made."""
+        refusing = os.path.dirname(error.filename or final)
+        is_denied = isinstance(error, PermissionError)
+        if self.cache is not None and is_denied:
+            return InvalidInputError(
+                f"permission denied by {refusing}, for cache_dir {self.cache}. Choose another, or "
+                "give this user access."
+            )
+        if self.cache is not None:
+            return os_error(
+                error.errno,
+                f"cannot write to cache_dir ({error.strerror}: {refusing}): {self.cache}. Choose "
+                "another directory",
+            )
+        if is_denied:
+            inside = f", or {os.path.join(final, 'data')}" if os.path.isdir(final) else ""
+            return InvalidInputError(
+                f"permission denied by {refusing}, where the download goes first, beside {final}. "
+                f"Choose a dest whose parent directory is writable{inside}."
+            )
+        return os_error(
+            error.errno,
+            f"cannot write beside the destination ({error.strerror}: {refusing}): {final}. Choose "
+            "a dest whose parent directory is writable",
+        )
+
+
+def _remove_empty(folder: str) -> None:
+    with suppress(OSError):
+        os.rmdir(folder)
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -339,6 +372,15 @@ def _identity(path: str) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_ctime_ns
+
+
+def _something_else(final: str, problem: str, gcs_uri: str) -> InvalidInputError:
+    first, _, others = problem.partition("; ")
+    return InvalidInputError(
+        f"destination holds something else ({first}): {final}. {others}{'. ' if others else ''}"
+        "Nothing was overwritten: choose another dest, or remove it; replace=True replaces what "
+        f"materialize put there. Expected: {gcs_uri}"
+    )
 
 
 def _not_ours(final: str, reason: str) -> InvalidInputError:

@@ -33,6 +33,7 @@ from keras_remote_airflow.core.layout import (
     check_relative_paths,
     parse_marker,
 )
+from keras_remote_airflow.core.progress import format_files
 from keras_remote_airflow.core.refs import DataRef
 
 # How many differences an error names.
@@ -135,9 +136,9 @@ class RemoteData:
         check_relative_paths(found, "")
         path = found[0].decode()
         if len(found) > 1 or "/" in path:
-            several = "several objects" if len(found) > 1 else "an object in a folder"
+            several = "several objects, such as" if len(found) > 1 else "an object in a folder:"
             raise InvalidInputError(
-                f"the ref says is_dir=False, but found {several} ({path}): {self.ref.gcs_uri}. "
+                f"the ref says is_dir=False, but found {several} {path}: {self.ref.gcs_uri}. "
                 "Correct the ref, or remove what does not belong there."
             )
         return path
@@ -169,7 +170,8 @@ class RemoteData:
     def problem(self, snapshot: Snapshot) -> str | None:
         """Return in words how data on disk differs from what the ref names, or None if they agree.
 
-        Data in a cache is compared by its content hash, other data by sizes and CRC32Cs.
+        Numbers of files and bytes come first if they differ, then names, parted by "; ". Data in a
+        cache is compared by its content hash, other data by sizes and CRC32Cs.
 
         Raises:
             InvalidInputError: the data is what the ref names, but the ref's `is_dir` is wrong.
@@ -187,10 +189,11 @@ class RemoteData:
             receipt = self.receipt()
             found = len(snapshot), snapshot.total_bytes
             if receipt and (receipt.files, receipt.total_bytes) != found:
-                faults.append(
-                    f"its marker says {receipt.files} files with {receipt.total_bytes} bytes, "
-                    f"found {found[0]} with {found[1]}"
+                numbers = (
+                    f"{format_files(found[0])} with {found[1]} bytes, expected "
+                    f"{format_files(receipt.files)} with {receipt.total_bytes} bytes"
                 )
+                faults.insert(0, numbers)
             faults.append(f"its content hash is {snapshot.content_hash}")
         return "; ".join(faults) or None
 
@@ -202,17 +205,25 @@ class RemoteData:
         compared = compare(self.store, snapshot, self.objects(), trust_sizes=self.key is not None)
         for index, info, holds in compared:
             if index is None:
-                yield f"{info.name if info else ''} is missing on disk"
+                yield f"{self._relative(info)} is missing"
                 continue
             file = snapshot.record(index)
             if info is None:
-                yield f"{file.path} has no object"
+                yield f"{file.path} is not in the dataset"
             elif not holds:
                 yield f"{file.path} differs from its object"
             elif attached and info.digest is None:
                 yield f"{file.path} was added or replaced by something else"
             elif attached and info.digest != file.digest.hex():
                 yield f"{file.path} is not the file that was hashed"
+
+    def _relative(self, info: ObjectInfo | None) -> str:
+        if info is None:
+            return ""
+        name = self.ref.object_name
+        if self.ref.is_prefix and name:
+            return info.name.removeprefix(name.rstrip("/") + "/")
+        return info.name if self.ref.is_prefix else os.path.basename(info.name)
 
 
 def find_ref(store: ObjectStore, gcs_uri: str) -> DataRef:

@@ -26,7 +26,7 @@ from contextlib import suppress
 
 from keras_remote_airflow.core.disk.destination import absolute_directory
 from keras_remote_airflow.core.disk.partial import is_at, locked, partial_name, sweep
-from keras_remote_airflow.core.disk.tree import TOO_MANY_OPEN, patiently
+from keras_remote_airflow.core.disk.tree import TOO_MANY_OPEN, os_error, patiently
 from keras_remote_airflow.core.errors import InvalidInputError, printable
 from keras_remote_airflow.core.progress import format_bytes
 
@@ -47,10 +47,10 @@ def open_cache(cache_dir: object = None) -> str:
             os.mkdir(base, 0o700)
         found = os.lstat(base)
     except OSError as exc:
-        raise OSError(
+        raise os_error(
             exc.errno,
-            f"cannot make a directory for datasets ({exc.strerror}). Pass dest or cache_dir",
-            base,
+            f"cannot make a directory for datasets ({exc.strerror}). Pass dest or cache_dir: "
+            f"{base}",
         ) from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise InvalidInputError(
@@ -76,6 +76,21 @@ def hold(copy: str) -> None:
         _log.debug("Using a copy without a lock (%s): %s", exc, copy)
 
 
+def release(copy: str) -> None:
+    """End the use of a copy that was not put there: no file about it is left.
+
+    The caller has the lock under which the copy would be put there.
+    """
+    descriptor = _held.get(copy)
+    path = _use_file(copy)
+    with suppress(OSError):
+        if descriptor is not None and is_at(descriptor, path):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else another process uses it
+            os.unlink(path)
+            del _held[copy]
+            os.close(descriptor)
+
+
 def make_room(cache: str, max_bytes: int | None, needed_bytes: int = 0) -> None:
     """Remove what killed processes left, and the least recently used copies until the others fit.
 
@@ -90,15 +105,22 @@ def make_room(cache: str, max_bytes: int | None, needed_bytes: int = 0) -> None:
         return
     copies = sorted(_find_copies(cache))
     total = needed_bytes + sum(size for _, _, size in copies)
+    kept = []
     for _, copy, size in copies:
         if total > max_bytes and _remove(copy):
             _log.info("Removed a copy (%s) from the cache: %s", format_bytes(size), printable(copy))
             total -= size
+        else:
+            kept.append(size)
     if total > max_bytes and not needed_bytes:
+        largest = max(kept)
         _log.warning(
-            "The cache takes %s, limit %s: the copies left are in use, or cannot be locked: %s",
+            "The cache takes %s, limit %s: %s: %s",
             format_bytes(total),
             format_bytes(max_bytes),
+            f"one copy alone takes {format_bytes(largest)}"
+            if largest > max_bytes
+            else "the copies left are in use, or cannot be locked",
             printable(cache),
         )
 

@@ -208,6 +208,13 @@ def _unusable(path: str | bytes, error: OSError) -> Exception:
     return OSError(error.errno, error.strerror, path)
 
 
+def os_error(number: int | None, text: str) -> OSError:
+    """Return an error with this number, whose text does not begin with it."""
+    error = OSError(text)
+    error.errno = number
+    return error
+
+
 def refusing(path: str) -> str:
     """Return the directory, or the file, whose permissions keep this user from `path`."""
     for place in (real := Path(os.path.realpath(path)), *real.parents):
