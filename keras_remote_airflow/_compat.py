@@ -55,6 +55,7 @@ except ImportError:  # Airflow 2
 
 try:
     from airflow.sdk.exceptions import (
+        AirflowException,
         AirflowFailException,
         AirflowSensorTimeout,
         AirflowSkipException,
@@ -62,6 +63,7 @@ try:
 except ImportError:  # Airflow 3.1 and older
     if not TYPE_CHECKING:
         from airflow.exceptions import (
+            AirflowException,
             AirflowFailException,
             AirflowSensorTimeout,
             AirflowSkipException,
@@ -100,6 +102,7 @@ EXECUTION_TIMEOUT_ENDS_DEFERRALS = IS_AIRFLOW_2
 __all__ = [
     "EXECUTION_TIMEOUT_ENDS_DEFERRALS",
     "SIGTERM_RAISES",
+    "AirflowException",
     "AirflowFailException",
     "AirflowPlugin",
     "AirflowSensorTimeout",

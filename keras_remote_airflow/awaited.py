@@ -16,6 +16,32 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+class Looks:
+    """How the looks for a dataset went, for what is said when the time is over."""
+
+    def __init__(self) -> None:
+        self._made = self._failed = 0  # failed: the last ones, in a row
+        self._last_failure: object = None
+
+    def succeeded(self) -> None:
+        """Count a look that Cloud Storage answered, whether or not the dataset was there."""
+        self._made, self._failed = self._made + 1, 0
+
+    def failed(self, why: object) -> None:
+        """Count a look that Cloud Storage did not answer, or refused."""
+        self._made, self._failed, self._last_failure = self._made + 1, self._failed + 1, why
+
+    def outcome(self, uri: str) -> str:
+        """Return in words why the dataset at `uri` was not found."""
+        if not self._failed:
+            return f"no dataset appeared. Check bucket, namespace and layout: {uri}"
+        which = f"the last {self._failed} of {self._made} looks failed"
+        if self._failed == self._made:
+            which = f"no look succeeded ({self._made} failed)"
+        why = str(self._last_failure) or repr(self._last_failure)
+        return f"{which}, so the dataset may be there: {uri}. The last failure: {why}"
+
+
 @dataclass(frozen=True)
 class AwaitedDataset:
     """What to look for, with which credentials, and what its ref will say.

@@ -15,8 +15,9 @@ Every operator, sensor and decorator takes these three, all of them templated:
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from keras_remote_airflow._compat import make_gcs_hook
+from keras_remote_airflow._compat import AirflowException, make_gcs_hook
 from keras_remote_airflow.arguments import rendered, rendered_chain
+from keras_remote_airflow.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from google.cloud.storage import Client
@@ -26,20 +27,47 @@ def connect(gcp_conn_id: str, impersonation_chain: str | Sequence[str] | None) -
     """Return the Cloud Storage client that an Airflow connection stands for.
 
     Raises:
-        InvalidInputError: an argument was rendered to something else than text.
-        StoreError: there are no credentials.
+        InvalidInputError: an argument was rendered to something else than text, or the key in the
+            connection is malformed.
+        StoreError: there are no credentials, or they can't be read now.
         Exception: what Airflow raises if it can't get the connection, be it missing or not.
     """
+    from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
-    from requests import RequestException
 
-    from keras_remote_airflow.core.cloud.credentials import credentials_error
+    from keras_remote_airflow.core.cloud.credentials import credentials_error, words
 
+    connection = rendered("gcp_conn_id", gcp_conn_id)
+    # This fetches the connection. Its errors are left as they are, see `failures`.
     hook = make_gcs_hook(
-        gcp_conn_id=rendered("gcp_conn_id", gcp_conn_id),
-        impersonation_chain=rendered_chain(impersonation_chain),
+        gcp_conn_id=connection, impersonation_chain=rendered_chain(impersonation_chain)
     )
     try:
         return hook.get_conn()
-    except (GoogleAuthError, RequestException) as exc:
-        raise credentials_error(exc) from None
+    except (
+        GoogleAuthError,
+        GoogleAPIError,
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        AirflowException,
+    ) as exc:
+        if not _is_about_the_key(exc):
+            raise credentials_error(exc, connection) from None
+        reason = f"{exc} is missing" if isinstance(exc, KeyError) else words(exc)
+        raise InvalidInputError(
+            f"the key in connection {connection!r} cannot be used ({reason}). Correct the "
+            "connection."
+        ) from None
+
+
+def _is_about_the_key(error: Exception) -> bool:
+    """Return whether the key was read, and no retry will mend it."""
+    if isinstance(error, AirflowException):
+        # Of Secret Manager, where the key may be (`key_secret_name`), this tells no outage from a
+        # secret that isn't there.
+        return type(error) is AirflowException and "secret" not in str(error).lower()
+    malformed = isinstance(error, LookupError | ValueError | TypeError | AttributeError)
+    return malformed and not isinstance(error, OSError)

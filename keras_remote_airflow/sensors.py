@@ -27,7 +27,7 @@ from keras_remote_airflow.arguments import (
     rendered_or_none,
     to_template,
 )
-from keras_remote_airflow.awaited import AwaitedDataset
+from keras_remote_airflow.awaited import AwaitedDataset, Looks
 from keras_remote_airflow.connection import connect
 from keras_remote_airflow.core.errors import InvalidInputError, StoreError, printable
 from keras_remote_airflow.core.layout import KERAS_REMOTE, CacheKey, get_layout
@@ -113,6 +113,7 @@ class CacheSensor(BaseSensorOperator):
     deferral_margin = timedelta(minutes=5)
 
     _awaited: AwaitedDataset | None = None
+    _looks: Looks
     _client: "Client | None" = None
 
     def __init__(
@@ -164,7 +165,7 @@ class CacheSensor(BaseSensorOperator):
     def execute(self, context: Context) -> Any:
         self._awaited = self._client = None
         if not self.deferrable:
-            return super().execute(context)
+            return self._poke_until_timeout(context)
         try:
             if found := self.poke(context):
                 return found.xcom_value
@@ -195,6 +196,18 @@ class CacheSensor(BaseSensorOperator):
         )
         return None
 
+    def _poke_until_timeout(self, context: Context) -> Any:
+        try:
+            return super().execute(context)
+        except (AirflowSensorTimeout, AirflowSkipException) as exc:
+            # Airflow's own message says nothing about the looks. Errors of `poke` are the cause of
+            # a skip.
+            if exc.__cause__ or self._awaited is None:
+                raise
+            skipped = "" if isinstance(exc, AirflowSensorTimeout) else "Skipped instead of failed: "
+            outcome = self._looks.outcome(self._awaited.key.gcs_uri)
+            raise type(exc)(f"{skipped}Waited {self.timeout} s: {outcome}") from None
+
     def poke(self, context: Context) -> PokeReturnValue:  # noqa: ARG002 - Airflow's signature
         with soft_failures_skip(self), permanent_errors_fail_the_task():
             ref = self._look()
@@ -204,20 +217,23 @@ class CacheSensor(BaseSensorOperator):
         from keras_remote_airflow.core.cloud.transport import Transport
 
         # Both are kept for the other pokes of this execution.
-        with names_task_in_errors(self):
-            awaited = self._awaited = self._awaited or self._make_awaited()
+        if self._awaited is None:
+            with names_task_in_errors(self):
+                self._awaited, self._looks = self._make_awaited(), Looks()
+        awaited = self._awaited
         uri = awaited.key.gcs_uri
         try:
             self._client = self._client or connect(self.gcp_conn_id, self.impersonation_chain)
             with Transport(self._client, awaited.policy, awaited.user_project) as transport:
                 ref = transport.run(awaited.look(transport))
         except StoreError as exc:
+            self._looks.failed(exc)
             if not is_outage(exc):
                 raise
             self.log.warning("Could not look, will look again (%s): %s", exc, uri)
             return None
+        self._looks.succeeded()
         if ref is None and not self.deferrable:
-            # Airflow's own message after a timeout names neither hash nor bucket.
             self.log.info("Not there yet: %s", uri)
         return ref
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from keras_remote_airflow._compat import BaseTrigger, TriggerEvent
-from keras_remote_airflow.awaited import AwaitedDataset
+from keras_remote_airflow.awaited import AwaitedDataset, Looks
 from keras_remote_airflow.core.errors import PERMANENT_ERRORS, StoreError
 from keras_remote_airflow.core.refs import DataRef
 from keras_remote_airflow.failures import is_outage
@@ -84,34 +84,37 @@ class CacheTrigger(BaseTrigger):
         yield TriggerEvent(await self._wait())  # type: ignore[no-untyped-call]  # likewise
 
     async def _wait(self) -> dict[str, Any]:
+        looks = Looks()
         seconds = max(0.0, self.deadline - time.time()) + _LAST_LOOK_SECONDS
         try:
             async with asyncio.timeout(seconds) as patience, AsyncExitStack() as stack:
-                transport = await self._connect(stack)
+                transport = await self._connect(stack, looks)
                 for interval in self._intervals():
                     # Asked before the look, so that one look happens at the deadline itself.
                     is_last = time.time() >= self.deadline
-                    ref = await self._look(transport)
+                    ref = await self._look(transport, looks)
                     if ref is not None:
                         return {"status": "found", "ref": ref.to_dict()}
                     if is_last:
                         break
                     await self._pause(interval)
         except TimeoutError:
-            if not patience.expired():
+            if patience.expired():
+                looks.failed(f"no answer within {_LAST_LOOK_SECONDS:.0f} s")
+            elif time.time() < self.deadline:
                 raise
         except (*PERMANENT_ERRORS, StoreError) as exc:
             if not is_outage(exc):
                 permanent = isinstance(exc, PERMANENT_ERRORS)
                 return {"status": "failed", "message": str(exc), "permanent": permanent}
-        uri = self.awaited.key.gcs_uri
-        return {"status": "timeout", "message": f"no dataset appeared at {uri}"}
+        return {"status": "timeout", "message": looks.outcome(self.awaited.key.gcs_uri)}
 
-    async def _connect(self, stack: AsyncExitStack) -> "Transport":
+    async def _connect(self, stack: AsyncExitStack, looks: Looks) -> "Transport":
         for attempt in itertools.count(1):
             try:
                 return await stack.enter_async_context(shared_transport(self.awaited))
             except Exception as exc:
+                looks.failed(exc)
                 is_last = attempt >= _CONNECT_ATTEMPTS and not is_outage(exc)
                 if is_last or time.time() >= self.deadline:
                     raise
@@ -123,15 +126,18 @@ class CacheTrigger(BaseTrigger):
             await self._pause(self.poke_interval)
         raise AssertionError("count() does not end")
 
-    async def _look(self, transport: "Transport") -> DataRef | None:
+    async def _look(self, transport: "Transport", looks: Looks) -> DataRef | None:
         try:
-            return await transport.arun(self.awaited.look(transport))
+            ref = await transport.arun(self.awaited.look(transport))
         except StoreError as exc:
+            looks.failed(exc)
             if not (is_outage(exc) or self.silent_fail):
                 raise
             uri = self.awaited.key.gcs_uri
             self.log.warning("Could not look, will look again (%s): %s", exc, uri)
             return None
+        looks.succeeded()
+        return ref
 
     def _intervals(self) -> Iterator[float]:
         interval = self.poke_interval

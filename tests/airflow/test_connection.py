@@ -1,14 +1,17 @@
 """What the connection arguments of operators, sensors, triggers and decorators do."""
 
 import asyncio
+import json
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from google.api_core.exceptions import ServiceUnavailable
 
 from keras_remote_airflow import CacheSensor, DataUploadOperator, connection
-from keras_remote_airflow._compat import AirflowFailException, make_gcs_hook
+from keras_remote_airflow._compat import AirflowException, AirflowFailException, make_gcs_hook
 from keras_remote_airflow.core.errors import StoreError
 from keras_remote_airflow.decorators import LocalDataOperator
 
@@ -83,8 +86,57 @@ def test_missing_credentials_are_one_short_error_without_frames_of_googles(
     with pytest.raises(StoreError, match=r"^no Google Cloud credentials") as caught:
         TASKS[task](dataset, ref, gcp_conn_id="bare").execute(CONTEXT)
     assert (caught.value.status, caught.value.transient) == (401, False)
+    assert "'bare'" in str(caught.value)
     assert "Name a key in the connection" in str(caught.value)
     assert "google/auth" not in "".join(traceback.format_exception(caught.value))
+
+
+# Keys in a connection, what the error says of them, and whether that is for good.
+BAD_KEYS: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "no private key": ({"keyfile_dict": '{"type": "service_account"}'}, "'private_key'", True),
+    "no account": ({"keyfile_dict": '{"private_key": "x"}'}, "", True),
+    "no text": ({"keyfile_dict": '{"private_key": 5}'}, "", True),
+    "no JSON": ({"keyfile_dict": "{nope"}, "Invalid key JSON", True),
+    "no object": ({"keyfile_dict": "5"}, "", True),
+    "no key file": ({"key_path": "/nope.json"}, "/nope.json", False),
+    "no such kind": ({"key_path": "/nope.pem"}, "key file", True),
+}
+
+
+@pytest.mark.parametrize("case", BAD_KEYS)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_key_that_cannot_be_used_is_one_error_that_names_the_connection(
+    execute, dataset, monkeypatch, task, case
+):
+    extra, words, for_good = BAD_KEYS[case]
+    ref, _ = execute(upload(dataset))
+    uri = {"conn_type": "google_cloud_platform", "extra": extra}
+    monkeypatch.setenv("AIRFLOW_CONN_MINE", json.dumps(uri))
+    kind = AirflowFailException if for_good else StoreError
+    with pytest.raises(kind, match=f"connection 'mine'.*{words}") as caught:
+        TASKS[task](dataset, ref, gcp_conn_id="mine").execute(CONTEXT)
+    assert "".join(traceback.format_exception(caught.value)).count("Traceback (") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ServiceUnavailable("Secret Manager is away"),
+        AirflowException("Failed getting value of secret mine."),
+        ConnectionResetError("reset"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_secret_that_cannot_be_read_now_is_left_to_the_tasks_retries(
+    execute, dataset, monkeypatch, error
+):
+    def failing():
+        raise error
+
+    hook = SimpleNamespace(get_conn=failing)
+    monkeypatch.setattr(connection, "make_gcs_hook", lambda **_: hook)
+    with pytest.raises(StoreError, match="'mine'"):
+        execute(upload(dataset, gcp_conn_id="mine"))
 
 
 def test_a_sensor_waits_out_an_outage_while_it_gets_its_credentials(execute, dataset, monkeypatch):

@@ -138,6 +138,20 @@ def test_each_look_in_vain_says_what_was_looked_for_and_where(execute, gcs_serve
     assert f"Not there yet: {GCS_URI}" in logged()
 
 
+@pytest.mark.parametrize("softly", [False, True])
+def test_a_timeout_says_whether_cloud_storage_was_asked_with_success(
+    execute, gcs_server, monkeypatch, softly
+):
+    monkeypatch.setattr(AwaitedDataset, "policy", RetryPolicy(deadline=0))
+    kind = AirflowSkipException if softly else AirflowSensorTimeout
+    task = sensor(content_hash=GOLDEN, bucket_name="test-bucket", timeout=0.03, soft_fail=softly)
+    with pytest.raises(kind, match=f"0.03 s: no dataset appeared.*layout: {GCS_URI}"):
+        execute(task)
+    gcs_server.add_fault(Fault(path=MARKER, times=0, status=503))
+    with pytest.raises(kind, match=f"0.03 s: no look succeeded.*may be there: {GCS_URI}.*HTTP 503"):
+        execute(task)
+
+
 def test_one_that_defers_says_so_and_what_that_needs(execute, gcs_server, logged):
     task = sensor(content_hash=GOLDEN, bucket_name="test-bucket", deferrable=True)
     with pytest.raises(TaskDeferred):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -136,6 +137,23 @@ def test_silent_fail_waits_a_refusal_out(published, gcs_server):
 def test_gives_up_at_the_deadline(gcs_server):
     event = run(trigger(seconds=0.1))
     assert event["status"] == "timeout"
+    assert GOLDEN in event["message"]
+
+
+@pytest.mark.parametrize(
+    ("answered", "words"),
+    [
+        (0, "^no look succeeded .*may be there.*HTTP 503"),
+        (2, "^the last .* looks failed.*HTTP 503"),
+    ],
+)
+def test_a_timeout_while_cloud_storage_is_away_says_so(gcs_server, impatient, answered, words):
+    if answered:
+        gcs_server.add_fault(Fault(path=MARKER, times=answered, status=404))
+    gcs_server.add_fault(Fault(path=MARKER, times=0, status=503))
+    event = run(trigger(seconds=0.2))
+    assert event["status"] == "timeout"
+    assert re.search(words, event["message"])
     assert GOLDEN in event["message"]
 
 
@@ -380,7 +398,9 @@ def test_a_fetch_that_never_ends_holds_up_no_later_try(published, monkeypatch):
 
 def test_the_last_look_ends_whether_or_not_there_is_an_answer(published, gcs_server, impatient):
     gcs_server.add_fault(Fault(path=MARKER, times=0, action="stall"))
-    assert run(trigger(seconds=-1))["status"] == "timeout"
+    event = run(trigger(seconds=-1))
+    assert event["status"] == "timeout"
+    assert "no look succeeded" in event["message"]
 
 
 def test_a_look_of_a_sensor_gives_up_within_seconds_because_there_will_be_another():

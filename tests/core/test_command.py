@@ -244,6 +244,8 @@ def test_no_credentials_are_exit_code_1(monkeypatch, tmp_path):
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: "), done.stderr
     assert "credentials" in last
+    assert "GOOGLE_APPLICATION_CREDENTIALS" in last
+    assert "connection" not in last, "there is none"
     assert "Traceback" not in done.stderr
 
 

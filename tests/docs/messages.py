@@ -35,7 +35,9 @@ _NUMBERED = {"BlockingIOError", "OSError", "os_error"}
 # Texts that end a message and stand in another place than where it is raised.
 ENDINGS = {
     "Waited … s: …": [  # CacheSensor: what its trigger or resume_execution says
-        "no dataset appeared at …",
+        "no dataset appeared. Check bucket, namespace and layout: …",
+        "no look succeeded (… failed), so the dataset may be there: …. The last failure: …",
+        "the last … of … looks failed, so the dataset may be there: …. The last failure: …",
         "no triggerer answered; check that one is running, or pass deferrable=False",
     ]
 }

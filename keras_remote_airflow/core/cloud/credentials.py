@@ -93,18 +93,22 @@ class AccessTokens:
             self._fetch.cancel()
 
 
-def credentials_error(error: Exception) -> StoreError:
+def credentials_error(error: Exception, connection: str = "") -> StoreError:
     """Return the error to raise where a client could not be made, without the frames of its cause.
 
     Args:
         error: any exception of google.auth, requests or google.api_core.
+        connection: id of the Airflow connection that the client was to be made of, if any.
     """
     _log.debug("No credentials", exc_info=error)
     refusal = _proxys_refusal(error, _TOKEN_SERVER)
     outage = isinstance(refusal, RetryableError) if refusal else _is_outage(error)
+    of, remedy = "", "Name a key file in GOOGLE_APPLICATION_CREDENTIALS"
+    if connection:
+        of, remedy = f" for connection {connection!r}", "Name a key in the connection"
     return StoreError(
-        f"no Google Cloud credentials ({refusal or _words(error)}). Name a key in the connection, "
-        "or give the machine a service account.",
+        f"no Google Cloud credentials{of} ({refusal or words(error)}). {remedy}, or give the "
+        "machine a service account.",
         status=refusal.status if refusal else None if outage else 401,
         transient=outage,
     )
@@ -142,14 +146,17 @@ def _refresh(credentials: Any) -> None:
         if refusal := _proxys_refusal(exc, request.url):
             raise refusal from None
         error = RefusedError(
-            f"no access token could be fetched ({_words(exc)})", 401, "Check the credentials."
+            f"no access token could be fetched ({words(exc)})", 401, "Check the credentials."
         )
         raise RetryableError(str(error)) if _is_outage(exc, request.status) else error from None
 
 
-def _words(error: Exception) -> str:
-    words = " ".join(str(error.args[0] if error.args else error).split())[:300].rstrip(".")
-    return words or repr(error)
+def words(error: Exception) -> str:
+    """Return what an exception of another library says, in one line."""
+    text = str(error.args[0] if error.args else error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.strerror}: {error.filename}"
+    return " ".join(text.split())[:300].rstrip(".") or repr(error)
 
 
 def _proxys_refusal(error: Exception, url: str) -> RetryableError | RefusedError | None:
