@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from keras_remote_airflow.core.disk.cache import hold, make_room, open_cache
+from keras_remote_airflow.core.disk.cache import hold, make_room, open_cache, release
 from keras_remote_airflow.core.disk.partial import partial_name
 from keras_remote_airflow.core.errors import InvalidInputError
 
@@ -120,6 +120,16 @@ def same(number, path):
         return os.path.samestat(os.fstat(number), os.stat(path))
     except OSError:
         return False
+
+
+def test_copy_is_held_again_after_its_download_failed(cache):
+    copy = str(cache / ("2" * 64))
+    with another_process(hold, copy):
+        hold(copy)
+        release(copy)
+        hold(copy)
+    make_room(str(cache), 0)
+    assert copies(cache) == "2"
 
 
 def test_limit_that_copies_in_use_exceed_is_told(cache, caplog):

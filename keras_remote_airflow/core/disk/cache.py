@@ -81,14 +81,16 @@ def release(copy: str) -> None:
 
     The caller has the lock under which the copy would be put there.
     """
-    descriptor = _held.get(copy)
+    # Not held in any case: a lock that cannot be made exclusive is lost, see flock(2).
+    descriptor = _held.pop(copy, None)
     path = _use_file(copy)
     with suppress(OSError):
         if descriptor is not None and is_at(descriptor, path):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else another process uses it
-            os.unlink(path)
-            del _held[copy]
-            os.close(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else others use it
+                os.unlink(path)
+            finally:
+                os.close(descriptor)
 
 
 def make_room(cache: str, max_bytes: int | None, needed_bytes: int = 0) -> None:
