@@ -178,6 +178,45 @@ def test_destination_that_holds_something_else_is_refused_and_untouched(director
     assert sorted(os.listdir(tmp_path)) == ["data", "out"]
 
 
+LARGE = {
+    "a large file": lambda dest: os.truncate(dest / "mine", 100_000_001),
+    "many files": lambda dest: [(dest / str(number)).touch() for number in range(1001)],
+}
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("spoil", LARGE.values(), ids=LARGE)
+def test_large_destination_of_other_numbers_is_refused_unread(
+    directory, single, tree, tmp_path, spoil, replace
+):
+    dest = tree({"mine": "mine", "config.json": ""}, "out")
+    spoil(dest)
+    os.truncate(dest / "config.json", 100_000_001)
+    for ref in (directory, single):
+        with pytest.raises(InvalidInputError, match=str(dest)):
+            materialize(ref, dest, replace=replace, progress=lambda _: pytest.fail("read"))
+
+
+@pytest.mark.parametrize("marker", ["as it is", "gone"])
+@pytest.mark.parametrize("replace", [False, True])
+def test_large_destination_without_a_record_is_reused_if_it_is_the_data(
+    directory, tree, tmp_path, gcs_server, monkeypatch, marker, replace
+):
+    monkeypatch.setattr("keras_remote_airflow.core.datasets.materialize.UNASKED_FILES", 0)
+    dest = tree(FILES, "out")
+    if marker == "gone":
+        bucket = directory["gcs_uri"].split("/")[2]
+        for name in [n for n in gcs_server.objects(bucket) if "marker" in n]:
+            gcs_server.delete(bucket, name)
+    inode = dest.stat().st_ino
+    assert materialize(directory, dest, replace=replace) == str(dest)
+    assert dest.stat().st_ino == inode
+    (dest / "train.csv").write_text("T")  # the same numbers
+    with pytest.raises(InvalidInputError, match=str(dest)):
+        materialize(directory, dest, replace=replace)
+    assert (dest / "train.csv").read_text() == "T"
+
+
 def test_numbers_come_first_and_names_are_relative(directory, tree, tmp_path, layout):
     dest = tree({"precious": "mine"}, "out")
     with pytest.raises(InvalidInputError) as caught:

@@ -18,7 +18,7 @@ from keras_remote_airflow.core.cloud.bucket import open_bucket
 from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import ObjectStore
 from keras_remote_airflow.core.datasets.download import download
-from keras_remote_airflow.core.datasets.remote import RemoteData, find_ref
+from keras_remote_airflow.core.datasets.remote import RemoteData, describe_numbers, find_ref
 from keras_remote_airflow.core.disk.cache import hold, make_room, open_cache, release
 from keras_remote_airflow.core.disk.destination import (
     check_dest,
@@ -35,6 +35,7 @@ from keras_remote_airflow.core.errors import (
     DataChangedError,
     IntegrityError,
     InvalidInputError,
+    KerasRemoteError,
     printable,
 )
 from keras_remote_airflow.core.progress import (
@@ -45,6 +46,11 @@ from keras_remote_airflow.core.progress import (
 from keras_remote_airflow.core.refs import DataRef, parse_data_ref
 
 _log = logging.getLogger(__name__)
+
+# What is at a destination without a record is hashed without a request up to these sizes, which
+# takes less time than asking.
+UNASKED_FILES = 1_000
+UNASKED_BYTES = 100_000_000
 
 
 def materialize(
@@ -204,7 +210,10 @@ class _Job:
         """
         if not is_taken(final):
             return False
-        problem, content_hash = self._compare(final)
+        records = read_records(final)
+        problem, content_hash = self._compare_numbers(final, records), ""
+        if problem is None:
+            problem, content_hash = self._compare(final)
         if problem is None:
             return True
         if self.cache is not None:
@@ -214,10 +223,40 @@ class _Job:
             return False
         if not self.replace:
             raise _something_else(final, problem, self.ref.gcs_uri)
-        records = read_records(final)
         if not content_hash or content_hash not in records:
             raise _not_ours(final, "it was changed since" if records else "no record says so")
         return False
+
+    def _compare_numbers(self, final: str, records: set[str]) -> str | None:
+        """Return how numbers of files and bytes at `final` differ from the data's, if they do.
+
+        Only a destination that takes long to hash is counted, and only if no record says that it is
+        the data, or another dataset, which may be replaced if that hash is still right.
+        """
+        key = self.ref.cache_key
+        if self.cache is not None or (key and key.content_hash in records):
+            return None
+        if self.replace and records:
+            return None
+        try:
+            return self._differing_numbers(_count(final))
+        except OSError:  # hashing it says what is wrong
+            return None
+
+    def _differing_numbers(self, counts: Iterator[tuple[int, int]]) -> str | None:
+        expected, found = None, (0, 0)
+        for found in counts:
+            if expected is None and (found[0] > UNASKED_FILES or found[1] > UNASKED_BYTES):
+                try:
+                    expected = self.source.numbers()
+                except KerasRemoteError:
+                    if self.ref.cache_key is None:
+                        raise
+                if expected is None:  # the hash alone tells
+                    return None
+            if expected and (found[0] > expected[0] or found[1] > expected[1]):
+                return f"at least {describe_numbers(found, expected)}"
+        return describe_numbers(found, expected) if expected and found != expected else None
 
     def _compare(self, final: str) -> tuple[str | None, str]:
         """Return how what is at `final` differs from the data (None: not at all), and its hash.
@@ -363,6 +402,23 @@ class _Job:
 def _remove_empty(folder: str) -> None:
     with suppress(OSError):
         os.rmdir(folder)
+
+
+def _count(path: str) -> Iterator[tuple[int, int]]:
+    """Yield how many files and bytes were found so far, folder by folder."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files = size = 0
+    if not os.path.isdir(path):
+        yield 1, os.stat(path).st_size
+        return
+    for folder, _, names in os.walk(path, onerror=fail):
+        files += len(names)
+        yield files, size  # that may be enough
+        size += sum(os.stat(os.path.join(folder, name)).st_size for name in names)
+        yield files, size
 
 
 def _identity(path: str) -> tuple[int, int] | None:

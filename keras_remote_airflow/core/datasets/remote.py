@@ -157,6 +157,22 @@ class RemoteData:
             digest.update(b"%b\0%d\0%b\0" % (relative, info.size or 0, content.encode()))
         return Source(self.ref.gcs_uri, files, size, digest.hexdigest())
 
+    def numbers(self) -> tuple[int, int] | None:
+        """Return how many files and bytes there are, or None if nothing tells that.
+
+        The marker tells it. Where another client wrote that, or the data is outside a cache, the
+        listing does.
+        """
+        if self.key is not None:
+            body = self.store.read(self.key.marker_name)
+            if body is None:
+                return None
+            with suppress(KerasRemoteError):
+                if receipt := parse_marker(body, self.key):
+                    return receipt.files, receipt.total_bytes
+        listed = self.list_all()
+        return listed.files, listed.bytes
+
     def receipt(self) -> Receipt | None:
         """Return the receipt in the marker, or None if there is none that can be read.
 
@@ -189,11 +205,7 @@ class RemoteData:
             receipt = self.receipt()
             found = len(snapshot), snapshot.total_bytes
             if receipt and (receipt.files, receipt.total_bytes) != found:
-                numbers = (
-                    f"{format_files(found[0])} with {found[1]} bytes, expected "
-                    f"{format_files(receipt.files)} with {receipt.total_bytes} bytes"
-                )
-                faults.insert(0, numbers)
+                faults.insert(0, describe_numbers(found, (receipt.files, receipt.total_bytes)))
             faults.append(f"its content hash is {snapshot.content_hash}")
         return "; ".join(faults) or None
 
@@ -224,6 +236,14 @@ class RemoteData:
         if self.ref.is_prefix and name:
             return info.name.removeprefix(name.rstrip("/") + "/")
         return info.name if self.ref.is_prefix else os.path.basename(info.name)
+
+
+def describe_numbers(found: tuple[int, int], expected: tuple[int, int]) -> str:
+    """Return in words how many files and bytes were found, and how many were expected."""
+    return (
+        f"{format_files(found[0])} with {found[1]} bytes, expected {format_files(expected[0])} "
+        f"with {expected[1]} bytes"
+    )
 
 
 def find_ref(store: ObjectStore, gcs_uri: str) -> DataRef:
