@@ -7,7 +7,7 @@ Results go to stdout, everything else to stderr. Exit codes:
     0   done
     1   failed; trying again may help
     2   failed for good: bad input, a conflict, an unreadable marker (`PERMANENT_ERRORS`)
-    130 interrupted
+    130 interrupted (143: by SIGTERM)
 """
 
 import argparse

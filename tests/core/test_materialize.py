@@ -15,6 +15,7 @@ import pytest
 
 from keras_remote_airflow import make_data_ref, materialize
 from keras_remote_airflow.core.cloud.bucket import open_bucket
+from keras_remote_airflow.core.cloud.policy import RetryPolicy
 from keras_remote_airflow.core.cloud.store import Page, list_objects
 from keras_remote_airflow.core.datasets.download import download
 from keras_remote_airflow.core.datasets.remote import RemoteData
@@ -215,6 +216,19 @@ def test_large_destination_without_a_record_is_reused_if_it_is_the_data(
     with pytest.raises(InvalidInputError, match=str(dest)):
         materialize(directory, dest, replace=replace)
     assert (dest / "train.csv").read_text() == "T"
+
+
+def test_large_destination_is_reused_in_an_outage_or_the_outage_is_told(
+    directory, tree, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("keras_remote_airflow.core.datasets.materialize.UNASKED_FILES", 0)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
+    dest = tree(FILES, "out")
+    at_once = RetryPolicy(deadline=0)
+    assert materialize(directory, dest, retry=at_once) == str(dest)
+    (dest / "train.csv").unlink()
+    with pytest.raises(StoreError):
+        materialize(directory, dest, retry=at_once)
 
 
 def test_numbers_come_first_and_names_are_relative(directory, tree, tmp_path, layout):

@@ -82,11 +82,12 @@ def materialize(
         dest: the directory to hold the data: it becomes the dataset, or gets the single file under
             its own name. None takes the ref's `mount_path` if neither `cache_dir` nor
             `cache_max_bytes` is given, else a directory in `cache_dir` named by the content. Data
-            that is there already is verified and reused, without a write.
-        replace: whether another dataset at `dest` may be replaced. Only what `materialize` itself
-            put there is, if nothing has changed since; anything else is refused. Where there are no
-            extended attributes to note that in (macOS, NFS before version 4.2), the first call has
-            to say replace=True, too. Linux and macOS exchange the directories in one step; on other
+            that is there already is verified and reused, without a write. What is there and large,
+            and was not put there by `materialize`, is read only if it has as many files and bytes.
+        replace: whether another dataset at `dest` may be replaced; refused without one. Only what
+            `materialize` itself put there is, if nothing has changed since; anything else is
+            refused. Where there are no extended attributes to note that in (macOS, NFS before
+            version 4.2), the first call has to say replace=True, too. Linux and macOS exchange the directories in one step; on other
             systems, and where a file system cannot, a reader finds nothing at `dest` for a moment.
             The old files are then removed: a program that goes on opening files by their names in
             `dest` gets those of the new dataset.
