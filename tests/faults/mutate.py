@@ -200,8 +200,8 @@ MUTATIONS = {
     ),
     "copy in use removed": (
         "core/disk/cache.py",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH",
+        "_lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "_lock(path, fcntl.LOCK_SH)",
         "../core/test_cache.py",
     ),
     "hash index blind for mmap": (
