@@ -87,10 +87,10 @@ def materialize(
         replace: whether another dataset at `dest` may be replaced; refused without one. Only what
             `materialize` itself put there is, if nothing has changed since; anything else is
             refused. Where there are no extended attributes to note that in (macOS, NFS before
-            version 4.2), the first call has to say replace=True, too. Linux and macOS exchange the directories in one step; on other
-            systems, and where a file system cannot, a reader finds nothing at `dest` for a moment.
-            The old files are then removed: a program that goes on opening files by their names in
-            `dest` gets those of the new dataset.
+            version 4.2), the first call has to say replace=True, too. Linux and macOS exchange the
+            directories in one step; on other systems, and where a file system cannot, a reader
+            finds nothing at `dest` for a moment. The old files are then removed: a program that
+            goes on opening files by their names in `dest` gets those of the new dataset.
         cache_dir: the directory for copies without a `dest`. None takes
             `keras-remote-data-{uid}` in the system's temporary directory. A copy there that was
             changed is downloaded anew.
