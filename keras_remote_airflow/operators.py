@@ -34,8 +34,6 @@ from keras_remote_airflow.links import DatasetLink
 from keras_remote_airflow.metrics import count_upload
 
 if TYPE_CHECKING:
-    import os
-
     from google.cloud.storage import Client
 
     from keras_remote_airflow.core.datasets.lookup import Verify
