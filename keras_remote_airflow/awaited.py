@@ -35,11 +35,16 @@ class Looks:
         """Return in words why the dataset at `uri` was not found."""
         if not self._failed:
             return f"no dataset appeared. Check bucket, namespace and layout: {uri}"
-        which = f"the last {self._failed} of {self._made} looks failed"
-        if self._failed == self._made:
-            which = f"no look succeeded ({self._made} failed)"
         why = str(self._last_failure) or repr(self._last_failure)
-        return f"{which}, so the dataset may be there: {uri}. The last failure: {why}"
+        if self._failed == self._made:
+            return (
+                f"no look succeeded ({self._made} failed), so the dataset may be there: {uri}. "
+                f"The last failure: {why}"
+            )
+        return (
+            f"the last {self._failed} of {self._made} looks failed, so the dataset may be there: "
+            f"{uri}. The last failure: {why}"
+        )
 
 
 @dataclass(frozen=True)
