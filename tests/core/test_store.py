@@ -395,10 +395,28 @@ def test_answer_that_is_not_cloud_storages_is_an_error_that_says_so(monkeypatch,
     with http.server.HTTPServer(("127.0.0.1", 0), Page) as portal:
         threading.Thread(target=portal.serve_forever, args=[0.01], daemon=True).start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{portal.server_port}")
-        with open_bucket("bucket") as store, pytest.raises(StoreError) as raised:
-            store.list_page("x")
-        assert ("Cloud Storage" if status == 200 else "HTTP 404") in str(raised.value)
+        with open_bucket("bucket", retry=RetryPolicy(deadline=0)) as store:
+            with pytest.raises(StoreError) as raised:
+                store.list_page("x")
+            assert ("Cloud Storage" if status == 200 else "HTTP 404") in str(raised.value)
+            if status == 404 and not body.startswith(b"<"):
+                assert store.read("marker") is None
+            else:
+                with pytest.raises(StoreError, match="not a Cloud Storage answer") as raised:
+                    store.read("marker")
+                assert raised.value.transient == (status == 200)
+                assert status == 200 or "<html>" not in str(raised.value)
         portal.shutdown()
+
+
+def test_a_server_that_is_not_there_is_named_in_plain_words(monkeypatch):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
+    with (
+        open_bucket("bucket", retry=RetryPolicy(deadline=0)) as store,
+        pytest.raises(StoreError, match=r"127\.0\.0\.1:1") as raised,
+    ):
+        store.list_page("x")
+    assert "ssl" not in str(raised.value)
 
 
 def test_answer_that_would_fill_the_memory_is_refused(monkeypatch):

@@ -62,8 +62,8 @@ MUTATIONS = {
     ),
     "403 is a miss": (
         "core/cloud/gcs.py",
-        'self._object(name, alt="media"), expected=(200, 404)',
-        'self._object(name, alt="media"), expected=(200, 403, 404)',
+        'self._object(name, alt="media"),\n                expected=(200, 404)',
+        'self._object(name, alt="media"),\n                expected=(200, 403, 404)',
         "test_wire.py",
     ),
     "hit without a listing": (

@@ -36,7 +36,13 @@ from urllib.parse import quote, urlencode
 import google_crc32c
 from multidict import CIMultiDictProxy
 
-from keras_remote_airflow.core.cloud.retry import RefusedError, RetryableError, failure
+from keras_remote_airflow.core.cloud.retry import (
+    RefusedError,
+    RetryableError,
+    failure,
+    is_markup,
+    not_understood,
+)
 from keras_remote_airflow.core.cloud.store import (
     FileToSend,
     ObjectInfo,
@@ -117,23 +123,26 @@ class GcsStore:
         return self.run(self.aread(name))
 
     async def aread(self, name: str) -> bytes | None:
-        async def attempt() -> tuple[int, bytes]:
+        async def attempt() -> bytes | None:
             status, headers, body = await self._transport.exchange(
                 "GET",
                 self._object(name, alt="media"),
                 expected=(200, 404),
                 at_most=MAX_MARKER_BYTES,
             )
+            if status == 404:
+                self._check_bucket(body)
+                return None
+            crc32c = _crc32c_of(headers)
+            if crc32c is None and body and not body.lstrip().startswith(b"{"):
+                # The page of a proxy that wants a login, for instance: no reason to give up.
+                raise RetryableError(f"not a Cloud Storage answer, or no marker ({body[:40]!r})")
             is_whole = len(body) <= MAX_MARKER_BYTES
-            if is_whole and _crc32c_of(headers) not in (None, google_crc32c.value(body)):
+            if is_whole and crc32c not in (None, google_crc32c.value(body)):
                 raise RetryableError("its bytes disagree with the x-goog-hash sent along")
-            return status, body
-
-        status, body = await self._transport.retry.run(f"reading {self._uri(name)}", attempt)
-        if status == 200:
             return body
-        self._check_bucket(body)
-        return None
+
+        return await self._transport.retry.run(f"reading {self._uri(name)}", attempt)
 
     def list_page(self, prefix: str, token: str | None = None) -> Page:
         return self.run(self.alist_page(prefix, token))
@@ -171,7 +180,7 @@ class GcsStore:
                 "".join([info.name for info in items]).encode()  # all are text
                 next_token = page.get("nextPageToken") or None
             if next_token is not None and next_token == token:
-                raise _not_understood("a page of a listing leads to itself")
+                raise not_understood("a page of a listing leads to itself")
             return Page(items, next_token)
 
         return await self._transport.retry.run(f"listing {self._uri(prefix)}", attempt)
@@ -195,16 +204,18 @@ class GcsStore:
                 return None
             info = _comparable(name, body)
             if info is None:
-                raise _not_understood(body[:80])
+                raise not_understood(body[:80])
             return info
 
         return await self._transport.retry.run(f"looking at {self._uri(name)}", attempt)
 
     def _check_bucket(self, body: bytes) -> None:
-        """Raise StoreError if this is the body of the 404 for a missing bucket.
+        """Raise an error if this is not the body of the 404 for a missing object.
 
-        Cloud Storage tells it from a missing object by its words alone.
+        Cloud Storage tells a missing bucket from that by its words alone.
         """
+        if is_markup(body):
+            raise failure(404, body)
         if b"bucket does not exist" in body:
             raise StoreError(
                 f"bucket {self.bucket} does not exist: check its name, or create it.", status=404
@@ -439,7 +450,7 @@ class GcsStore:
                         if sink.size > CHUNK_BYTES:
                             transit.reach(sink.size)
                 if sink.crc32c is None:
-                    raise _not_understood("a download without a checksum")
+                    raise not_understood("a download without a checksum")
                 sink.check()
 
             await self._transport.retry.run(
@@ -491,14 +502,7 @@ def _understanding(body: bytes) -> Iterator[None]:
     try:
         yield
     except _NOT_UNDERSTOOD as exc:
-        raise _not_understood(body[:80]) from exc
-
-
-def _not_understood(found: object) -> RefusedError:
-    return RefusedError(
-        f"the server's answer is not a Cloud Storage answer, or is incomplete ({found})",
-        remedy="Check the endpoint, STORAGE_EMULATOR_HOST and the proxy.",
-    )
+        raise not_understood(body[:80]) from exc
 
 
 def _bad_request(body: bytes) -> RetryableError | RefusedError:

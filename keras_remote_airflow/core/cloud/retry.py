@@ -185,7 +185,9 @@ def failure(status: int, body: bytes, retry_after: str = "") -> RetryableError |
         body: its body, or the beginning of it: Cloud Storage's JSON with a reason, or any text.
         retry_after: its Retry-After header.
     """
-    text = body.decode(errors="replace")
+    if is_markup(body) and status not in RETRYABLE:
+        return not_understood(f"HTTP {status} with a web page", status)
+    text = "with a web page" if is_markup(body) else body.decode(errors="replace")
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         text = str(json.loads(text)["error"]["message"])
     reason = f"HTTP {status} {_without_queries(' '.join(text.split())[:300]).rstrip('.')}".rstrip()
@@ -195,8 +197,23 @@ def failure(status: int, body: bytes, retry_after: str = "") -> RetryableError |
     return RefusedError(reason, status, REMEDIES.get(status, ""))
 
 
+def is_markup(body: bytes) -> bool:
+    """Tell whether a body is HTML or XML, as the JSON API never answers."""
+    return body.lstrip().startswith(b"<")
+
+
+def not_understood(found: object, status: int | None = None) -> RefusedError:
+    """Return the error for an answer that Cloud Storage would not give."""
+    return RefusedError(
+        f"the server's answer is not a Cloud Storage answer, or is incomplete ({found})",
+        status,
+        "Check the endpoint, STORAGE_EMULATOR_HOST and the proxy.",
+    )
+
+
 def _describe(error: Exception) -> str:
-    text = _without_queries(str(error))
+    # aiohttp names the TLS context, for endpoints of plain HTTP too.
+    text = re.sub(r" ssl:(\w+|<[^>]*>)", "", _without_queries(str(error)))
     if isinstance(error, TimeoutError):
         return f"no answer in time ({text or 'stalled'})"
     return text or type(error).__name__
