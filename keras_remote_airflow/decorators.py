@@ -124,15 +124,22 @@ class LocalDataOperator(DecoratedOperator, PythonOperator):
         self._running = True
         try:
             with ExitStack() as stack:
+                temporary = None
                 with permanent_errors_fail_the_task():
                     cache_dir = rendered_or_none("cache_dir", self.cache_dir)
                     if cache_dir is None and self.cache_max_bytes is None:
-                        cache_dir = stack.enter_context(_temporary_directory())
+                        cache_dir = temporary = stack.enter_context(_temporary_directory())
                     paths = PathsForRefs(self._fetcher(cache_dir))
                     self.op_args = paths.put_into(self.op_args)
                     self.op_kwargs = paths.put_into(self.op_kwargs)
                     paths.warn_of_text()
-                return super().execute(context)
+                result = super().execute(context)
+                if temporary and _leads_into(temporary, result):
+                    _log.warning(
+                        "The function returned a path into its copy of the data, which is removed "
+                        "now: other tasks cannot read it. Pass them the ref, or set cache_dir"
+                    )
+                return result
         finally:
             self._running = False
 
@@ -172,6 +179,16 @@ def _temporary_directory() -> Iterator[str]:
     sweep(base)
     with locked(os.path.join(base, partial_name(uuid4().hex))) as folder:
         yield folder
+
+
+def _leads_into(folder: str, value: Any) -> bool:
+    """Return whether it is a path into the folder, or holds one at its first level."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    values = value if isinstance(value, list | tuple) else [value]
+    return any(
+        os.fsdecode(one).startswith(folder) for one in values if isinstance(one, str | os.PathLike)
+    )
 
 
 class PathsForRefs:

@@ -176,6 +176,27 @@ def test_what_a_killed_task_left_is_removed_by_the_next(call, uploaded, tmp_path
     assert remaining == [in_use]
 
 
+@pytest.mark.parametrize(
+    ("returned", "warnings"),
+    [
+        (str, 1),
+        (Path, 1),
+        (lambda path: {"train": path}, 1),
+        (lambda path: [path, path], 1),
+        (os.listdir, 0),
+        (lambda path: None, 0),
+    ],
+)
+def test_a_path_that_is_returned_and_removed_draws_one_warning(
+    call, uploaded, tmp_path, caplog, returned, warnings
+):
+    call(task(returned, uploaded))
+    assert caplog.text.count("path into its copy") == warnings
+    caplog.clear()
+    call(task(returned, uploaded, cache_dir=tmp_path / "cache"))
+    assert "path into its copy" not in caplog.text
+
+
 def test_a_cache_keeps_what_was_used_last(call, gcs_server, tmp_path, uploaded):
     cache = tmp_path / "cache"
     (cache / ("0" * 64)).mkdir(parents=True)
