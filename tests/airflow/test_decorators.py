@@ -179,7 +179,7 @@ def test_what_a_killed_task_left_is_removed_by_the_next(call, uploaded, tmp_path
 @pytest.mark.parametrize(
     ("returned", "warnings"),
     [
-        (str, 1),
+        (lambda path: path, 1),
         (Path, 1),
         (lambda path: {"train": path}, 1),
         (lambda path: [path, path], 1),
