@@ -175,7 +175,7 @@ def test_failures_are_final_where_a_retry_would_not_help(run_dag, gcs_server, da
     assert outcome == expected, run.log
     assert "data path does not exist: /no/such/data" in run.log
     assert "is_dir=True or is_dir=False" in run.log
-    assert "Waited 0.5 s: no dataset appeared at gs://" in run.log
+    assert "Waited 0.5 s: no dataset appeared. Check" in run.log
     assert not [request for request in gcs_server.requests if request.method == "POST"]
 
 
