@@ -9,6 +9,8 @@ BENCH_ARGS ?= --json docs/benchmark.json --plot docs/benchmark.png
 AIRFLOWS := 2.11 3.1 3.2 3.3
 # Airflow 3.2 itself sets no such bounds; its API does not work with newer ones.
 BOUNDS_3.2 := 'fastapi<0.137' 'svcs<26'
+# Airflow 2.11.0 itself sets no such bound; its ObjectStoragePath does not work with newer ones.
+BOUNDS_lowest := 'universal-pathlib<0.3'
 NEWEST := $(lastword $(AIRFLOWS))
 # The versions in Cloud Composer's images, as far as they are known: see the files in constraints/.
 IMAGES := composer-2.11 composer-3.1
@@ -117,7 +119,7 @@ $(AIRFLOWS:%=constraints-%): constraints-%: $(VENV)/.uv
 
 constraints-lowest: $(VENV)/.uv
 	@$(UV) venv --quiet --clear --python $(VENV)/bin/python $(VENV)-constraints
-	@$(UV) pip install --quiet --upgrade --python $(VENV)-constraints/bin/python --resolution lowest-direct $(TESTED)
+	@$(UV) pip install --quiet --upgrade --python $(VENV)-constraints/bin/python --resolution lowest-direct $(BOUNDS_lowest) $(TESTED)
 	@$(UV) pip freeze --quiet --python $(VENV)-constraints/bin/python | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints/airflow-lowest.txt
 	@rm -rf $(VENV)-constraints
 

@@ -65,9 +65,8 @@ def connect(gcp_conn_id: str, impersonation_chain: str | Sequence[str] | None) -
 
 def _is_about_the_key(error: Exception) -> bool:
     """Return whether the key was read, and no retry will mend it."""
-    if isinstance(error, AirflowException):
-        # Of Secret Manager, where the key may be (`key_secret_name`), this tells no outage from a
-        # secret that isn't there.
-        return type(error) is AirflowException and "secret" not in str(error).lower()
-    malformed = isinstance(error, LookupError | ValueError | TypeError | AttributeError)
-    return malformed and not isinstance(error, OSError)
+    # Google's provider raises AirflowException for malformed JSON, and also if the Secret Manager,
+    # where the key may be, is away. What it met before tells them apart.
+    met = error.__context__ if isinstance(error, AirflowException) else error
+    malformed = isinstance(met, LookupError | ValueError | TypeError | AttributeError)
+    return malformed and not isinstance(met, OSError)

@@ -99,7 +99,6 @@ BAD_KEYS: dict[str, tuple[dict[str, Any], str, bool]] = {
     "no JSON": ({"keyfile_dict": "{nope"}, "Invalid key JSON", True),
     "no object": ({"keyfile_dict": "5"}, "", True),
     "no key file": ({"key_path": "/nope.json"}, "/nope.json", False),
-    "no such kind": ({"key_path": "/nope.pem"}, "key file", True),
 }
 
 
