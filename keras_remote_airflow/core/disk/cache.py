@@ -159,6 +159,7 @@ def _remove(copy: str) -> bool:
 
 def _lock(path: str, operation: int) -> int:
     """Return a descriptor of the file at `path` that holds this lock on it."""
+    flock = fcntl.flock  # where there is none, no file is made either
     while True:
         try:
             descriptor = _open(path, os.O_RDWR | os.O_CREAT)
@@ -167,7 +168,7 @@ def _lock(path: str, operation: int) -> int:
                 raise
             descriptor = _open(path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, operation)
+            flock(descriptor, operation)
             if is_at(descriptor, path):
                 return descriptor
         except BaseException:
